@@ -1,0 +1,364 @@
+"""The configuration of an experiment: one frozen dataclass per concern, composed in one.
+
+Values are checked by :mod:`repfusion_env.config_loading`; what the single fields allow stands in
+their types, what they must be together in :func:`conflicts`. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Strict, StrictBool, StrictStr
+
+from repfusion_env import registry
+
+T = TypeVar("T")
+
+Count = Annotated[int, Strict(), Gt(0)]
+Index = Annotated[int, Strict(), Ge(0)]
+Number = Annotated[float, Strict()]
+Positive = Annotated[float, Strict(), Gt(0)]
+NonNegative = Annotated[float, Strict(), Ge(0)]
+Fraction = Annotated[float, Strict(), Ge(0), Le(1)]
+Decay = Annotated[float, Strict(), Ge(0), Lt(1)]
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field with its default and the sentence that ``--help`` prints."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})  # type: ignore[return-value]
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The image bank that the student learns from and is held out on."""
+
+    shorthand: ClassVar[str] = "name"
+    name: StrictStr = option(
+        "digits", "digits, cifar10, npz, folder, or your own as module:function"
+    )
+    path: StrictStr | None = option(
+        None, "folder of CIFAR-10 python batches, .npz bank, or folder with one folder per class"
+    )
+    download: StrictBool = option(False, "let torchvision download CIFAR-10 into data.path")
+    image_size: Count | None = option(
+        None, "resize to this side in pixels; without it all images must have one size"
+    )
+    train_limit: Count | None = option(None, "use only the first so many training images")
+    heldout_limit: Count | None = option(None, "use only the first so many held-out images")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen diffusion model whose features are distilled."""
+
+    shorthand: ClassVar[str] = "model"
+    family: StrictStr = option("unet2d", "unet2d (diffusers UNet2DModel), or module:function")
+    model: StrictStr = option("digits", "digits (shipped), a local diffusers folder, or a hub id")
+    revision: StrictStr | None = option(None, "commit, tag or branch of the hub repository")
+    layers: tuple[StrictStr, ...] = option(
+        ("mid_block.resnets.1.conv2",), "module paths whose output is the feature; several allowed"
+    )
+    input: Literal["noised", "clean"] = option(
+        "noised", "noised: the scheduler's add_noise at t; clean: the image itself with t"
+    )
+    noise: Literal["fresh", "fixed"] = option(
+        "fresh", "fresh noise at each visit, or one per (seed, image, timestep)"
+    )
+    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the teacher's forward")
+    channels_last: StrictBool = option(False, "memory layout of the teacher's convolutions")
+    standardize_images: Count = option(
+        1024, "images from which the feature's mean and deviation per channel are measured"
+    )
+
+
+@dataclass(frozen=True)
+class TimestepConfig:
+    """The timestep grid: what the agent may choose from (0 = clean, larger = noisier)."""
+
+    shorthand: ClassVar[str] = "values"
+    values: tuple[Index, ...] | None = option(None, "the grid, listed; replaces the four below")
+    count: Count = option(25, "number of timesteps in the grid")
+    first: Index = option(0, "lowest timestep of the grid")
+    last: Index = option(960, "highest timestep of the grid")
+    spacing: Literal["linear", "quadratic"] = option(
+        "linear", "even steps, or steps that grow from low to high noise"
+    )
+    min_snr: NonNegative = option(
+        0.0, "action masks close timesteps whose signal-to-noise ratio is below this"
+    )
+
+    def grid(self) -> tuple[int, ...]:
+        """The timesteps of the grid, length K, in the order of the actions."""
+        if self.values is not None:
+            return self.values
+        if self.count == 1:
+            return (self.first,)
+        power = {"linear": 1, "quadratic": 2}[self.spacing]
+        span = self.last - self.first
+        fractions = (index / (self.count - 1) for index in range(self.count))
+        return tuple(self.first + round(span * fraction**power) for fraction in fractions)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The recognition network that learns from the teacher's features."""
+
+    shorthand: ClassVar[str] = "name"
+    name: StrictStr = option(
+        "small_cnn",
+        "small_cnn, resnet18, mobilenetv2, wideresnet28_2, torchvision/<name>, timm/<name>",
+    )
+    pretrained: StrictBool = option(False, "start from the library's weights")
+    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the student (autocast)")
+    channels_last: StrictBool = option(False, "memory layout of the student's convolutions")
+    ema: Decay = option(
+        0.0, "decay of the averaged student that evaluation uses (published: 0.999); 0 is off"
+    )
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What the student matches: a weighted sum of losses on pooled or dense features."""
+
+    shorthand: ClassVar[str] = "losses"
+    losses: dict[StrictStr, NonNegative] = option(
+        {"hint": 1.0},
+        "weights by name: hint, l1, normalized_l2, cosine, attention, rkd_distance, rkd_angle",
+    )
+    dense: StrictBool = option(False, "match feature maps position by position, not their average")
+    task_weight: NonNegative = option(
+        0.0, "above 0 the task loss reaches the student's backbone too, with this weight"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the student, its projection and the task heads are trained."""
+
+    shorthand: ClassVar[str] = "name"
+    name: Literal["adamw", "sgd"] = option("adamw", "optimizer of student, projection and heads")
+    learning_rate: Positive = option(2e-3, "step size of student and projection")
+    head_learning_rate: Positive | None = option(None, "step size of the heads; default: the same")
+    momentum: Decay = option(0.9, "momentum of sgd")
+    nesterov: StrictBool = option(False, "Nesterov momentum of sgd")
+    weight_decay: NonNegative = option(1e-4, "weight decay")
+    schedule: Literal["constant", "cosine", "multistep"] = option(
+        "constant", "over the run's decisions; multistep divides by 10 at 1/2 and 3/4, as published"
+    )
+    gradient_clip: NonNegative = option(5.0, "largest norm of the gradient; 0 is off")
+    batch_size: Count = option(
+        64, "a step with fewer lanes is filled up with the most recent earlier decisions"
+    )
+    nonfinite_patience: Count = option(
+        20, "stop after so many steps in a row without a finite loss"
+    )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a decision is worth: minus the student's task loss after distillation."""
+
+    shorthand: ClassVar[str] = "kind"
+    kind: StrictStr = option(
+        "student_lookahead", "student_lookahead, student, student_gain, teacher_probe"
+    )
+    lookahead: Literal["gauss_newton", "gradient"] = option(
+        "gauss_newton", "the move of the student's feature under student_lookahead"
+    )
+    damping: Positive = option(0.1, "lambda of the Gauss-Newton move")
+    eta: Positive = option(0.5, "size of the gradient move")
+    probe_hidden: Index = option(
+        0, "width of the three-layer head on the teacher's feature (published); 0: one layer"
+    )
+
+
+@dataclass(frozen=True)
+class ObservationConfig:
+    """What the agent sees of an image."""
+
+    shorthand: ClassVar[str] = "source"
+    source: StrictStr = option(
+        "teacher", "teacher, student, pixels, torchvision/<name>, timm/<name>, or module:function"
+    )
+    timestep: Index = option(40, "timestep of the teacher embedding (clean image)")
+    pretrained: StrictBool = option(False, "weights of a torchvision or timm embedding")
+    student_state: StrictBool = option(
+        False, "append the run's progress and the student's current task loss on the image"
+    )
+    clip: Positive = option(5.0, "bound of the standardised observation")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Lanes, episodes and actions."""
+
+    shorthand: ClassVar[str] = "num_envs"
+    num_envs: Count = option(64, "lanes of the vector environment: images per step")
+    episode_length: Count = option(1, "decisions per episode; 1 is a contextual bandit")
+    group_size: Count = option(1, "neighbouring lanes that hold the same image")
+    action: Literal["discrete", "continuous"] = option(
+        "discrete", "index into the grid, or a number in [0, 1] mapped to it"
+    )
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """The REINFORCE agent."""
+
+    shorthand: ClassVar[str] = "baseline"
+    baseline: Literal["none", "batch", "value", "group"] = option(
+        "batch", "what is subtracted from the reward"
+    )
+    learning_rate: Positive = option(3e-3, "step size of the policy (and value) network")
+    hidden: tuple[Count, ...] = option((64,), "widths of the policy's hidden layers")
+    network: Literal["auto", "mlp", "cnn"] = option(
+        "auto", "auto: cnn on pixels, mlp on embeddings"
+    )
+    entropy_start: NonNegative = option(0.1, "weight of the entropy bonus at the beginning")
+    entropy_end: NonNegative = option(0.0, "weight of the entropy bonus once it has decayed")
+    entropy_decay: Fraction = option(0.5, "part of the run over which it decays linearly")
+    gradient_clip: NonNegative = option(1.0, "largest norm of the policy's gradient; 0 is off")
+    normalize_advantage: StrictBool = option(True, "divide advantages by their deviation")
+
+
+@dataclass(frozen=True)
+class Sb3Config:
+    """The Stable-Baselines3 agents."""
+
+    shorthand: ClassVar[str] = "algo"
+    algo: StrictStr = option("ppo", "ppo, a2c, dqn, qrdqn, trpo, recurrent_ppo, maskable_ppo, ...")
+    policy: StrictStr = option("auto", "policy class by SB3's name; auto fits the algorithm")
+    arguments: dict[StrictStr, Any] = option({}, "keyword arguments of the algorithm's class")
+    device: StrictStr = option("cpu", "device of the policy; an MLP belongs on the CPU")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out images at the end, and on the way."""
+
+    shorthand: ClassVar[str] = "images"
+    images: Count | None = option(None, "held-out images used; default: all")
+    every: Index = option(0, "evaluate the policy every so many steps; 0: at the end only")
+    probe_images: Count = option(10_000, "training images of the linear probe, at most")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long a run is and what it leaves behind."""
+
+    shorthand: ClassVar[str] = "decisions"
+    decisions: Count = option(51_200, "(image, timestep) choices to make in all")
+    folder: StrictStr = option("runs", "where run folders are made")
+    name: StrictStr | None = option(None, "name of the run folder; default: config, agent, time")
+    log_every: Count = option(10, "steps between two rows of metrics")
+    checkpoint_every: Count = option(100, "steps between two checkpoints")
+    keep_checkpoints: Count = option(3, "checkpoints kept")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment, whole."""
+
+    seed: Index = option(0, "seed of student, data order, noise and policy")
+    device: StrictStr = option("auto", "auto, cpu, cuda or cuda:<index>")
+    task: StrictStr = option("classification", "classification, or your own as module:class")
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    observation: ObservationConfig = field(default_factory=ObservationConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    sb3: Sb3Config = field(default_factory=Sb3Config)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the vector environment in the whole run."""
+        return math.ceil(self.run.decisions / self.env.num_envs)
+
+
+def conflicts(config: ExperimentConfig) -> list[str]:
+    """One sentence for each impossible value or combination, each headed by its dotted path."""
+    found: list[str] = []
+
+    def name(path: str, kind: str, value: str, table: Mapping[str, str]) -> None:
+        sentence = registry.complaint(kind, value, table)
+        if sentence:
+            found.append(f"{path}: {sentence}")
+
+    name("task", "task", config.task, registry.TASKS)
+    name("data.name", "data set", config.data.name, registry.DATASETS)
+    name("teacher.family", "teacher family", config.teacher.family, registry.TEACHERS)
+    name("reward.kind", "reward", config.reward.kind, registry.REWARDS)
+    for loss in config.distillation.losses:
+        name("distillation.losses", "loss", loss, registry.LOSSES)
+    if "/" not in config.observation.source:
+        source = config.observation.source
+        name("observation.source", "observation", source, registry.OBSERVATIONS)
+
+    if config.data.name in ("npz", "folder", "cifar10") and config.data.path is None:
+        found.append(f"data.path: data.name '{config.data.name}' needs a path")
+    if not config.teacher.layers:
+        found.append("teacher.layers: at least one module path is needed")
+    if not any(config.distillation.losses.values()):
+        found.append("distillation.losses: at least one loss needs a weight above 0")
+    if "attention" in config.distillation.losses and not config.distillation.dense:
+        found.append(
+            "distillation.losses: attention transfer compares maps, so it needs "
+            "distillation.dense true"
+        )
+    found += _grid_conflicts(config.timesteps)
+    if config.env.num_envs % config.env.group_size:
+        found.append(
+            f"env.group_size: {config.env.num_envs} lanes cannot be divided into groups of "
+            f"{config.env.group_size}"
+        )
+    if config.reinforce.baseline == "group" and config.env.group_size < 2:
+        found.append(
+            "reinforce.baseline: 'group' needs several lanes on one image, so env.group_size "
+            "must be 2 or more"
+        )
+    if config.optimizer.nesterov and (
+        config.optimizer.name != "sgd" or config.optimizer.momentum == 0
+    ):
+        found.append("optimizer.nesterov: needs optimizer.name sgd with a momentum above 0")
+    if not _is_device(config.device):
+        found.append(f"device: '{config.device}' given; allowed: auto, cpu, cuda, cuda:<index>")
+    return found
+
+
+def _grid_conflicts(timesteps: TimestepConfig) -> list[str]:
+    found = []
+    if timesteps.values is None and timesteps.last < timesteps.first:
+        found.append(
+            f"timesteps.last: {timesteps.last} lies below timesteps.first {timesteps.first}"
+        )
+        return found
+    grid = timesteps.grid()
+    if not grid:
+        found.append("timesteps.values: the grid is empty; at least one timestep is needed")
+    duplicates = sorted({t for t in grid if grid.count(t) > 1})
+    if duplicates and timesteps.values is not None:
+        found.append(f"timesteps.values: {duplicates} stand more than once in the grid")
+    elif duplicates:
+        found.append(
+            f"timesteps.count: {timesteps.count} {timesteps.spacing} timesteps between "
+            f"{timesteps.first} and {timesteps.last} are not all different"
+        )
+    return found
+
+
+def _is_device(name: str) -> bool:
+    kind, _, index = name.partition(":")
+    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())

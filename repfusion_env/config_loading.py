@@ -1,0 +1,294 @@
+"""From YAML, dictionaries and command lines to a checked :class:`ExperimentConfig`, and back.
+
+All that is wrong is reported at once, a sentence each, before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from repfusion_env.config import ExperimentConfig, conflicts
+from repfusion_env.registry import did_you_mean
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; ``problems`` holds one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as text; people mean a number, as YAML 1.2 has it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """``yaml.safe_load`` in which ``1e-4`` is a number."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def config_folder() -> Path:
+    """Where the shipped configurations are: in the installed package, or in the checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def read_config_file(config: str | Path) -> dict[str, Any]:
+    """The keys of one YAML file.
+
+    Args:
+        config: A path, or the name of a file in :func:`config_folder` with or without ``.yaml``.
+
+    Raises:
+        ConfigError: There is no such file, it is no YAML, or it is no mapping.
+    """
+    path = Path(config)
+    if not path.is_file():
+        path = config_folder() / f"{path.stem}.yaml" if path.parent == Path() else path
+    if not path.is_file() and (config_folder() / Path(config).name).is_file():
+        # `configs/cifar10.yaml` names the shipped file from any folder, a wheel's user's too.
+        path = config_folder() / Path(config).name if Path(config).parent.name == "configs" else path
+    if not path.is_file():
+        names = sorted(file.stem for file in config_folder().glob("*.yaml"))
+        hint = did_you_mean(Path(config).stem, names)
+        raise ConfigError(
+            [f"config: there is no file '{config}'.{hint} Shipped: {', '.join(names)}"]
+        )
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = str(getattr(error, "problem_mark", "")).strip() or "the file is no text"
+        raise ConfigError([f"config: '{config}' is not valid YAML ({where})"]) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError([f"config: '{config}' must hold 'key: value' pairs at its top level"])
+    return content
+
+
+def load_config(
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ExperimentConfig:
+    """Read, merge and check a configuration.
+
+    Args:
+        config: A path, a name under ``configs/``, or a mapping of overrides of ``digits``; None
+            is ``digits``.
+        overrides: Keys that replace those of ``config``: nested (``{"teacher": {"model": ...}}``),
+            dotted (``{"teacher.model": ...}``), or a section's main key by the section's name
+            (``{"reward": "teacher_probe"}``).
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: With every problem found, one sentence each.
+        TypeError: ``config`` is neither text, path nor mapping.
+    """
+    if isinstance(config, ExperimentConfig):
+        base: dict[str, Any] = to_dict(config)
+    elif config is None:
+        base = read_config_file("digits")
+    elif isinstance(config, Mapping):
+        base = merge(read_config_file("digits"), config)
+    elif isinstance(config, str | Path):
+        base = read_config_file(config)
+    else:
+        raise TypeError(
+            f"config must be a path, the name of a shipped configuration or a mapping, "
+            f"not {type(config).__name__}"
+        )
+    return check(merge(base, overrides or {}))
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overrides`` laid over it, key by key; neither is changed."""
+    merged = _expand(base)
+    for path, value in _leaves(_expand(overrides)):
+        node = merged
+        for key in path[:-1]:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        node[path[-1]] = value
+    return merged
+
+
+def check(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Build the configuration from nested ``values``; see :func:`load_config` for what it raises."""
+    try:
+        config = _adapter().validate_python(_expand(values))
+    except ValidationError as error:
+        raise ConfigError([_sentence(detail) for detail in error.errors()]) from None
+    problems = conflicts(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, lists and numbers (JSON-able)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def sections() -> dict[str, type]:
+    """The nested dataclasses by the name of their section."""
+    hints = typing.get_type_hints(ExperimentConfig)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def options() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every option as (dotted path, field, type), top level first."""
+    hints = typing.get_type_hints(ExperimentConfig, include_extras=True)
+    nested = sections()
+    for item in dataclasses.fields(ExperimentConfig):
+        if item.name not in nested:
+            yield item.name, item, hints[item.name]
+    for section, kind in nested.items():
+        section_hints = typing.get_type_hints(kind, include_extras=True)
+        for item in dataclasses.fields(kind):
+            yield f"{section}.{item.name}", item, section_hints[item.name]
+
+
+def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys and shorthands (``reward: teacher_probe``) written out as nested keys."""
+    nested = sections()
+    expanded: dict[str, Any] = {}
+    for key, value in values.items():
+        path = str(key).split(".")
+        if len(path) == 1 and path[0] in nested and not _is_section(nested[path[0]], value):
+            path.append(nested[path[0]].shorthand)
+        if isinstance(value, Mapping):
+            value = dict(value)
+        if path == ["distillation", "losses"] and isinstance(value, str):
+            value = {value: 1.0}
+        node = expanded
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        if isinstance(value, dict) and isinstance(node.get(path[-1]), dict):
+            node[path[-1]] = {**node[path[-1]], **value}
+        else:
+            node[path[-1]] = value
+    return expanded
+
+
+def _is_section(kind: type, value: Any) -> bool:
+    if value is None:
+        return False
+    if not isinstance(value, Mapping):
+        return dataclasses.is_dataclass(value)
+    # `distillation: {hint: 1, cosine: 2}` gives the shorthand's mapping, not the section's keys.
+    holds_mapping = isinstance(getattr(kind(), kind.shorthand), dict)  # type: ignore[attr-defined]
+    names = {item.name for item in dataclasses.fields(kind)}
+    return not (holds_mapping and value and not names & set(value))
+
+
+def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    nested = sections()
+    for key, value in values.items():
+        if isinstance(value, Mapping) and not prefix and key in nested:
+            yield from _leaves(value, (key,))
+        else:
+            yield (*prefix, key), value
+
+
+def _adapter() -> TypeAdapter[ExperimentConfig]:
+    for kind in (ExperimentConfig, *sections().values()):
+        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return TypeAdapter(ExperimentConfig)
+
+
+def _sentence(detail: Any) -> str:
+    """One of pydantic's findings in our words."""
+    path = ".".join(str(part) for part in detail["loc"] if not _is_tag(part))
+    given, context = detail["input"], detail.get("ctx", {})
+    if detail["type"] == "unexpected_keyword_argument":
+        known = [name for name, _, _ in options()]
+        parent = path.rpartition(".")[0]
+        if not parent:
+            known = [*sections(), *(name for name in known if "." not in name)]
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        close = close or [name for name in known if name.endswith("." + path.split(".")[-1])][:1]
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        siblings = [name for name in known if name.rpartition(".")[0] == parent]
+        allowed = f" Allowed: {', '.join(siblings)}." if siblings and not close else ""
+        return f"{path}: there is no such key.{hint}{allowed}"
+    if detail["type"] == "literal_error":
+        return f"{path}: {given!r} given; allowed: {context['expected']}.{_close(given, context)}"
+    limits = {
+        "greater_than": "it must be greater than {gt}",
+        "greater_than_equal": "it must be {ge} or more",
+        "less_than": "it must be less than {lt}",
+        "less_than_equal": "it must be {le} or less",
+        "finite_number": "it must be a finite number",
+    }
+    if detail["type"] in limits:
+        return f"{path}: {given!r} given; {limits[detail['type']].format(**context)}"
+    wanted = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "string": "text",
+        "tuple": "a list",
+        "dict": "'name: value' pairs",
+        "dataclass": "a section of 'key: value' pairs",
+        "none": "null",
+    }
+    kind = detail["type"].partition("_")[0]
+    return f"{path}: {given!r} given; it must be {wanted.get(kind, detail['msg'].lower())}"
+
+
+def _is_tag(part: int | str) -> bool:
+    # Unions add the tried type to pydantic's location; the user's key has no such part.
+    return isinstance(part, str) and bool(re.search(r"[\[\(]|^(constrained|int|float|str|none)", part))
+
+
+def _close(given: Any, context: Mapping[str, Any]) -> str:
+    return did_you_mean(str(given), re.findall(r"'([^']*)'", str(context.get("expected", ""))))
+
+
+def accepts_text(kind: Any) -> bool:
+    """Whether an option's type takes plain text, so that a command line gives it unparsed."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        return typing.get_args(kind)[0] is str
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts_text(part) for part in typing.get_args(kind))
+    return kind is str or origin is typing.Literal

@@ -1,0 +1,96 @@
+"""Every part that a configuration names, in one light table each.
+
+An entry maps a name to ``"module:attribute"`` and is imported only when it is asked for, so that a
+configuration is checked in milliseconds and nothing heavy loads before the check has passed. To add
+a part, write its file and add its line here. A part of your own needs no line: name it
+``"my_package.my_module:attribute"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+DATASETS: dict[str, str] = {
+    "digits": "repfusion_env.data.digits:load",
+    "cifar10": "repfusion_env.data.cifar10:load",
+    "npz": "repfusion_env.data.npz:load",
+    "folder": "repfusion_env.data.folder:load",
+}
+
+TEACHERS: dict[str, str] = {
+    "unet2d": "repfusion_env.teachers.unet2d:load",
+}
+
+TASKS: dict[str, str] = {
+    "classification": "repfusion_env.tasks.classification:ClassificationTask",
+}
+
+LOSSES: dict[str, str] = {
+    "hint": "repfusion_env.losses:hint",
+    "l1": "repfusion_env.losses:l1",
+    "normalized_l2": "repfusion_env.losses:normalized_l2",
+    "cosine": "repfusion_env.losses:cosine",
+    "attention": "repfusion_env.losses:attention_transfer",
+    "rkd_distance": "repfusion_env.losses:rkd_distance",
+    "rkd_angle": "repfusion_env.losses:rkd_angle",
+}
+
+REWARDS: dict[str, str] = {
+    "student_lookahead": "repfusion_env.rewards:student_lookahead",
+    "student": "repfusion_env.rewards:student",
+    "student_gain": "repfusion_env.rewards:student_gain",
+    "teacher_probe": "repfusion_env.rewards:teacher_probe",
+}
+
+OBSERVATIONS: dict[str, str] = {
+    "teacher": "repfusion_env.observations:teacher_embedding",
+    "student": "repfusion_env.observations:student_embedding",
+    "pixels": "repfusion_env.observations:pixels",
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def complaint(kind: str, name: str, table: Mapping[str, str]) -> str | None:
+    """The sentence that refuses ``name``, or None where it can be looked up."""
+    if name in table or ":" in name:
+        return None
+    allowed = ", ".join(table)
+    return (
+        f"unknown {kind} '{name}'.{did_you_mean(name, table)} "
+        f"Allowed: {allowed}, or your own as 'module:attribute'"
+    )
+
+
+def look_up(kind: str, name: str, table: Mapping[str, str]) -> Any:
+    """Import the part called ``name``.
+
+    Args:
+        kind: What the part is, for the message ("data set", "reward", ...).
+        name: A key of ``table``, or ``"module:attribute"``.
+        table: One of this module's tables.
+
+    Raises:
+        ValueError: The name is unknown, or the module or attribute does not exist.
+    """
+    sentence = complaint(kind, name, table)
+    if sentence:
+        raise ValueError(sentence)
+    module_name, _, attribute = table.get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name and module_name.startswith(error.name):
+            raise ValueError(f"{kind} '{name}': there is no module '{error.name}'") from error
+        raise
+    except AttributeError as error:
+        raise ValueError(
+            f"{kind} '{name}': module '{module_name}' has no attribute '{attribute}'"
+        ) from error

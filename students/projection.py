@@ -1,0 +1,76 @@
+"""The projection of the student's feature to the teacher's width.
+
+Shape letters: N images, H,W map, S student width, F teacher width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+
+class Projection(nn.Module):
+    """One linear map from width S to width F, for pooled features and for maps alike.
+
+    On a map it is a 1x1 convolution. Average pooling commutes with it, so projecting the pooled
+    feature and pooling the projected map give the same result.
+
+    Args:
+        in_features: S.
+        out_features: F.
+        bias: whether to add a learned offset of shape (F,).
+
+    Attributes:
+        weight: (F, S). It is the Jacobian of the projection, at every position.
+        bias: (F,), or None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                f"A projection needs widths of at least 1, got {in_features} to {out_features}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias from U(-1/sqrt(S), 1/sqrt(S)), as `nn.Linear` does."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project.
+
+        Args:
+            features: (N, S) or (N, S, H, W).
+
+        Returns:
+            (N, F) or (N, F, H, W).
+
+        Raises:
+            ValueError: the features have another rank or width.
+        """
+        if features.ndim not in (2, 4) or features.shape[1] != self.in_features:
+            raise ValueError(
+                f"The projection takes (N, {self.in_features}) or (N, {self.in_features}, H, W), "
+                f"got {tuple(features.shape)}."
+            )
+        if features.ndim == 2:
+            return functional.linear(features, self.weight, self.bias)
+        return functional.conv2d(features, self.weight[:, :, None, None], self.bias)
+
+    def extra_repr(self) -> str:
+        """Text shown between the parentheses of `repr`."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
