@@ -70,7 +70,9 @@ def read_config_file(config: str | Path) -> dict[str, Any]:
         path = config_folder() / f"{path.stem}.yaml" if path.parent == Path() else path
     if not path.is_file() and (config_folder() / Path(config).name).is_file():
         # `configs/cifar10.yaml` names the shipped file from any folder, a wheel's user's too.
-        path = config_folder() / Path(config).name if Path(config).parent.name == "configs" else path
+        path = (
+            config_folder() / Path(config).name if Path(config).parent.name == "configs" else path
+        )
     if not path.is_file():
         names = sorted(file.stem for file in config_folder().glob("*.yaml"))
         hint = did_you_mean(Path(config).stem, names)
@@ -139,7 +141,7 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 
 def check(values: Mapping[str, Any]) -> ExperimentConfig:
-    """Build the configuration from nested ``values``; see :func:`load_config` for what it raises."""
+    """Build the configuration from nested ``values``; raises as :func:`load_config` does."""
     try:
         config = _adapter().validate_python(_expand(values))
     except ValidationError as error:
@@ -171,7 +173,11 @@ def to_yaml(config: ExperimentConfig) -> str:
 def sections() -> dict[str, type]:
     """The nested dataclasses by the name of their section."""
     hints = typing.get_type_hints(ExperimentConfig)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
 
 
 def options() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -194,7 +200,7 @@ def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         path = str(key).split(".")
         if len(path) == 1 and path[0] in nested and not _is_section(nested[path[0]], value):
-            path.append(nested[path[0]].shorthand)
+            path.append(nested[path[0]].shorthand)  # type: ignore[attr-defined]
         if isinstance(value, Mapping):
             value = dict(value)
         if path == ["distillation", "losses"] and isinstance(value, str):
@@ -277,7 +283,9 @@ def _sentence(detail: Any) -> str:
 
 def _is_tag(part: int | str) -> bool:
     # Unions add the tried type to pydantic's location; the user's key has no such part.
-    return isinstance(part, str) and bool(re.search(r"[\[\(]|^(constrained|int|float|str|none)", part))
+    return isinstance(part, str) and bool(
+        re.search(r"[\[\(]|^(constrained|int|float|str|none)", part)
+    )
 
 
 def _close(given: Any, context: Mapping[str, Any]) -> str:

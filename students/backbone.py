@@ -54,34 +54,41 @@ class Backbone(nn.Module):
 class SequentialBackbone(Backbone):
     """A backbone whose modules run one after the other, some of them being stages.
 
-    The modules become direct children under their own names, so that a backbone taken from a
-    published network keeps that network's `state_dict` keys.
+    The modules keep the paths they are given, so that a backbone taken from a published network
+    keeps that network's `state_dict` keys.
 
     Args:
-        modules: name to module, in the order of the forward pass.
-        channels: width by name, for those modules whose output is a stage.
+        modules: path, such as "conv1" or "features.3", to module, in the order of the forward pass.
+        channels: width by path, for those modules whose output is a stage.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], channels: Mapping[str, int]) -> None:
         super().__init__(channels)
-        for name, module in modules.items():
-            self.add_module(name, module)
+        self.paths = tuple(modules)
+        for path, module in modules.items():
+            *parents, name = path.split(".")
+            owner: nn.Module = self
+            for parent in parents:
+                if parent not in owner._modules:
+                    owner.add_module(parent, nn.Module())
+                owner = owner.get_submodule(parent)
+            owner.add_module(name, module)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See `Backbone.forward`."""
         features: dict[str, Tensor] = {}
         x = images
-        for name, module in self.named_children():
-            x = module(x)
-            if name in self.channels:
-                features[name] = x
+        for path in self.paths:
+            x = self.get_submodule(path)(x)
+            if path in self.channels:
+                features[path] = x
         return features
 
 
 def he_init(module: nn.Module) -> nn.Module:
     """Initialise convolutions and batch norms as residual networks do; other modules are left.
 
-    Convolution weights are drawn from N(0, 2 / (k^2 C_out)) (He et al. 2015, fan-out form), which
+    Convolution weights are drawn from N(0, 2 / (k^2 C_out)) (arXiv:1502.01852, fan-out form), which
     keeps the scale of the gradients from layer to layer; a batch norm starts as the identity.
 
     Returns:

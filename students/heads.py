@@ -13,7 +13,7 @@ def linear_head(in_features: int, out_features: int) -> nn.Linear:
 def mlp_head(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     """Build three linear layers with ReLU between them: (N, in_features) to (N, out_features).
 
-    This is the classifier that RepFusion (Yang & Wang 2023) trains on the teacher's feature.
+    The published method trains such a classifier on the teacher feature (arXiv:2308.10916).
 
     Args:
         in_features: width of the feature.

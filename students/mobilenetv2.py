@@ -20,7 +20,7 @@ SMALL_IMAGE = 64
 
 
 def build_mobilenetv2(in_channels: int, image_size: int) -> Backbone:
-    """Build MobileNetV2 (Sandler et al. 2018), width multiplier 1.
+    """Build MobileNetV2 (arXiv:1801.04381), width multiplier 1.
 
     Args:
         in_channels: C of the images.
@@ -47,9 +47,7 @@ def build_mobilenetv2(in_channels: int, image_size: int) -> Backbone:
     ]
     blocks = MobileNetV2(inverted_residual_setting=expansion_width_blocks_stride).features
     blocks[0][0] = he_init(
-        nn.Conv2d(
-            in_channels, 32, kernel_size=3, stride=1 if small else 2, padding=1, bias=False
-        )
+        nn.Conv2d(in_channels, 32, kernel_size=3, stride=1 if small else 2, padding=1, bias=False)
     )
     modules = {stage: blocks[first:end] for stage, (_, first, end) in STAGES.items()}
     return SequentialBackbone(modules, {stage: width for stage, (width, _, _) in STAGES.items()})

@@ -40,7 +40,8 @@ class Projection(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        bias_parameter = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_parameter("bias", bias_parameter)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -8,7 +8,7 @@ from students.backbone import Backbone, SequentialBackbone, he_init
 
 
 def build_resnet18(in_channels: int, image_size: int) -> Backbone:
-    """Build ResNet-18 (He et al. 2016) with a 3x3 stem of stride 1 and no max-pool.
+    """Build ResNet-18 (arXiv:1512.03385) with a 3x3 stem of stride 1 and no max-pool.
 
     The ImageNet stem divides the image by 4 before the first block, which leaves a 32-pixel image
     1x1 at the last stage; this stem keeps the full resolution, so that the last stage has stride

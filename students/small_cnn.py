@@ -24,7 +24,7 @@ def build_small_cnn(in_channels: int, image_size: int) -> Backbone:
         "stage1": _conv_bn_relu(in_channels, first, kernel_size=3),
         "stage2": _conv_bn_relu(first, second, kernel_size=3, stride=2),
         # The second layer of the deepest stage is 1x1: one more nonlinearity before the
-        # projection for a tenth of the cost of a 3x3, which would be two thirds of the network.
+        # projection for a ninth of the cost of a 3x3, which would hold most of the parameters.
         "stage3": nn.Sequential(
             _conv_bn_relu(second, third, kernel_size=3, stride=2),
             _conv_bn_relu(third, third, kernel_size=1),

@@ -1,4 +1,4 @@
-"""WideResNet-28-2, the pre-activation wide residual network of Zagoruyko & Komodakis (2016)."""
+"""WideResNet-28-2, the pre-activation wide residual network (arXiv:1605.07146)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class WideBlock(nn.Module):
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         activated = functional.relu(self.bn1(x), inplace=True)
         y = functional.relu(self.bn2(self.conv1(activated)), inplace=True)
-        y = self.conv2(y)
-        return y + (x if self.shortcut is None else self.shortcut(activated))
+        residual: Tensor = self.conv2(y)
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
 def build_wideresnet28_2(in_channels: int, image_size: int) -> Backbone:

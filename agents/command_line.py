@@ -1,0 +1,232 @@
+"""The command line that the training scripts share: every key of the configuration is an option."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.config_loading import (
+    ConfigError,
+    accepts_text,
+    check,
+    merge,
+    options,
+    parse_yaml,
+    read_config_file,
+    sections,
+)
+from repfusion_env.registry import did_you_mean
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asked for.
+
+    Attributes:
+        config: The checked configuration; None with ``--resume``.
+        label: Name of the configuration, for the run folder.
+        resume: Run folder to go on with, or None.
+    """
+
+    config: ExperimentConfig | None
+    label: str
+    resume: Path | None
+
+
+def parse(
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    default_config: str = "digits",
+    aliases: dict[str, str] | None = None,
+) -> Command:
+    """Read the command line.
+
+    Args:
+        argv: Arguments; default: those of the process.
+        prog: Name of the command for the help.
+        description: What the command does.
+        default_config: Configuration without ``--config``.
+        aliases: Short options for keys, e.g. ``{"algo": "sb3.algo"}``.
+
+    Raises:
+        ConfigError: With everything that is wrong, one sentence each.
+        SystemExit: After ``--help``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen, others = _essentials(prog).parse_known_args(arguments)
+    if chosen.help:
+        base = read_config_file(chosen.config or default_config)
+        _help(prog, description, base, chosen.config or default_config, aliases or {}).print_help()
+        raise SystemExit(0)
+    if chosen.resume is not None:
+        if others or chosen.config:
+            raise ConfigError(
+                ["--resume: a run goes on with its own configuration; give no other options"]
+            )
+        return Command(None, "", Path(chosen.resume))
+    name = chosen.config or default_config
+    problems: list[str] = []
+    overrides = _overrides(others, aliases or {}, problems)
+    try:
+        config = check(merge(read_config_file(name), overrides))
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return Command(config, Path(name).stem, None)
+
+
+def guarded(main: Callable[[], int], prog: str) -> int:
+    """Run a command: problems of the input end in sentences on stderr and exit code 2."""
+    # Imported by name only when something went wrong: these modules load torch.
+    try:
+        return main()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        for sentence in str(error).splitlines():
+            print(f"{prog}: error: {sentence}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:
+        # Somebody closed our output, as `| head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether a ValueError was raised by this project and so is a sentence for the user."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.split(".")[0] in ("repfusion_env", "agents", "students", "__main__")
+
+
+def _essentials(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--resume", metavar="RUN_DIR")
+    return parser
+
+
+def _overrides(
+    arguments: list[str], aliases: dict[str, str], problems: list[str]
+) -> dict[str, Any]:
+    """``--key value`` and ``--key=value`` pairs as dotted overrides."""
+    kinds = {name: kind for name, _, kind in options()}
+    allowed = [*kinds, *sections(), *aliases, "config", "resume", "help"]
+    overrides: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        position += 1
+        if not word.startswith("--"):
+            problems.append(f"'{word}': options look like --key value")
+            continue
+        given, equals, text = word[2:].partition("=")
+        key = aliases.get(given, given)
+        known = key in kinds or key in sections() or _is_entry(key, kinds)
+        if not equals:
+            if position < len(arguments) and not arguments[position].startswith("--"):
+                text = arguments[position]
+                position += 1
+            elif known and kinds.get(key) is not None and _is_switch(kinds[key]):
+                text = "true"
+            elif known:
+                problems.append(f"--{given}: a value is missing")
+                continue
+        if not known:
+            problems.append(f"--{given}: there is no such option.{did_you_mean(given, allowed)}")
+            continue
+        overrides[key] = _value(text, kinds.get(key), f"--{given}", problems)
+    return overrides
+
+
+def _value(text: str, kind: Any, option: str, problems: list[str]) -> Any:
+    if kind is not None and accepts_text(kind):
+        return None if text == "null" else text
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        problems.append(f"{option}: '{text}' is not valid YAML")
+        return text
+
+
+def _is_entry(key: str, kinds: dict[str, Any]) -> bool:
+    """``distillation.losses.hint``: one entry of a mapping."""
+    parent = key.rpartition(".")[0]
+    return parent in kinds and typing.get_origin(kinds[parent]) is dict
+
+
+def _is_switch(kind: Any) -> bool:
+    return kind is bool or (
+        typing.get_origin(kind) is typing.Annotated and typing.get_args(kind)[0] is bool
+    )
+
+
+def _help(
+    prog: str, description: str, base: dict[str, Any], name: str, aliases: dict[str, str]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--resume RUN_DIR] [--key value ...]",
+        description=description,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        epilog=f"Defaults are those of '{name}'. A section's name alone sets its main key: "
+        "--reward teacher_probe is --reward.kind teacher_probe. Lists and mappings are YAML: "
+        "--timesteps.values '[0, 40, 80]'.",
+    )
+    general = parser.add_argument_group("run")
+    general.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    general.add_argument("--config", metavar="FILE", help=f"configuration (default: {name})")
+    general.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run")
+    config = check(base)
+    nested = sections()
+    groups = {
+        section: parser.add_argument_group(section, (kind.__doc__ or "").strip())
+        for section, kind in nested.items()
+    }
+    short = {key: alias for alias, key in aliases.items()}
+    for path, item, kind in options():
+        section, _, key = path.rpartition(".")
+        holder = getattr(config, section) if section else config
+        default = getattr(holder, key)
+        shown = "null" if default is None else default
+        if isinstance(default, tuple):
+            shown = "[" + ", ".join(str(part) for part in default) + "]"
+        text = f"{item.metadata.get('help', '')} (default: {shown})".replace("%", "%%")
+        names = [f"--{path}"] + ([f"--{short[path]}"] if path in short else [])
+        group = groups[section] if section else general
+        group.add_argument(*names, metavar=_metavar(kind), help=text)
+    return parser
+
+
+def _metavar(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        return _metavar(typing.get_args(kind)[0])
+    if origin is typing.Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    if origin is tuple:
+        return "LIST"
+    if origin is dict:
+        return "MAPPING"
+    if origin is None:
+        return {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT"}.get(kind, "VALUE")
+    return next(_metavar(part) for part in typing.get_args(kind) if part is not type(None))

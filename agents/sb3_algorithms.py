@@ -1,0 +1,88 @@
+"""Which Stable-Baselines3 algorithms there are, what they act on, and settings that fit here.
+
+This module imports neither SB3 nor torch, so that a wrong pairing is refused at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.registry import did_you_mean
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm.
+
+    Attributes:
+        path: ``module:class``.
+        actions: Kinds of ``env.action`` that it takes.
+        arguments: Settings for one-step episodes on many lanes; ``sb3.arguments`` overrides them.
+        policy: Policy class by SB3's name.
+    """
+
+    path: str
+    actions: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    policy: str = "MlpPolicy"
+
+    def load(self) -> Any:
+        """The algorithm's class."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_BOTH, _DISCRETE, _CONTINUOUS = ("discrete", "continuous"), ("discrete",), ("continuous",)
+# SB3's defaults collect 2,048 steps of every lane before they learn; here a step is 64 decisions.
+_PPO = {"n_steps": 8, "batch_size": 256, "n_epochs": 4, "learning_rate": 1e-3, "ent_coef": 0.01}
+_REPLAY = {
+    "learning_starts": 1_024,
+    "buffer_size": 20_000,
+    "batch_size": 256,
+    "train_freq": 1,
+    "learning_rate": 1e-3,
+}
+_Q = _REPLAY | {"gradient_steps": 2, "target_update_interval": 512, "exploration_fraction": 0.3}
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": Algorithm("stable_baselines3:PPO", _BOTH, _PPO),
+    "a2c": Algorithm("stable_baselines3:A2C", _BOTH, {"n_steps": 4, "ent_coef": 0.01}),
+    "dqn": Algorithm("stable_baselines3:DQN", _DISCRETE, _Q),
+    "qrdqn": Algorithm("sb3_contrib:QRDQN", _DISCRETE, _Q),
+    "trpo": Algorithm("sb3_contrib:TRPO", _BOTH, {"n_steps": 16, "batch_size": 256}),
+    "recurrent_ppo": Algorithm("sb3_contrib:RecurrentPPO", _BOTH, _PPO, "MlpLstmPolicy"),
+    "maskable_ppo": Algorithm("sb3_contrib:MaskablePPO", _DISCRETE, _PPO),
+    "ars": Algorithm("sb3_contrib:ARS", _BOTH, {"n_delta": 8, "n_top": 4, "n_eval_episodes": 64}),
+    "sac": Algorithm("stable_baselines3:SAC", _CONTINUOUS, _REPLAY),
+    "td3": Algorithm("stable_baselines3:TD3", _CONTINUOUS, _REPLAY),
+    "ddpg": Algorithm("stable_baselines3:DDPG", _CONTINUOUS, _REPLAY),
+    "tqc": Algorithm("sb3_contrib:TQC", _CONTINUOUS, _REPLAY),
+    "crossq": Algorithm("sb3_contrib:CrossQ", _CONTINUOUS, _REPLAY),
+}
+
+
+def check_pairing(config: ExperimentConfig) -> Algorithm:
+    """The configured algorithm.
+
+    Raises:
+        ValueError: There is no such algorithm, or it cannot act in the configured action space.
+    """
+    name = config.sb3.algo
+    algorithm = ALGORITHMS.get(name)
+    if algorithm is None:
+        raise ValueError(
+            f"sb3.algo: unknown algorithm '{name}'.{did_you_mean(name, ALGORITHMS)} "
+            f"Allowed: {', '.join(ALGORITHMS)}"
+        )
+    if config.env.action not in algorithm.actions:
+        fitting = [key for key, item in ALGORITHMS.items() if config.env.action in item.actions]
+        raise ValueError(
+            f"sb3.algo: {name} acts on {algorithm.actions[0]} actions alone, but env.action is "
+            f"'{config.env.action}'; add --env.action {algorithm.actions[0]}, or choose one of "
+            f"{', '.join(fitting)}"
+        )
+    return algorithm

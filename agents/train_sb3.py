@@ -1,0 +1,142 @@
+"""Stable-Baselines3's algorithms on the timestep environment.
+
+    python agents/train_sb3.py --algo ppo
+    python agents/train_sb3.py --algo sac --env.action continuous
+    python agents/train_sb3.py --resume runs/NAME                 # after Ctrl-C or a kill
+
+Same configuration, TensorBoard tags and summary as ``train_reinforce``; SB3's own tags stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from agents.command_line import guarded, parse
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from torch import Tensor
+
+    from agents.session import Session
+    from repfusion_env.sb3 import RepFusionVecEnv
+
+PROG = "train_sb3"
+DESCRIPTION = (
+    "Train a Stable-Baselines3 policy that chooses the diffusion timestep for each image while the "
+    "student is distilled: ppo, a2c, dqn, qrdqn, trpo, recurrent_ppo, maskable_ppo, ars; with "
+    "--env.action continuous also sac, td3, ddpg, tqc, crossq."
+)
+
+
+def build_model(session: Session, env: RepFusionVecEnv) -> BaseAlgorithm:
+    """The configured algorithm on ``env``, seeded.
+
+    Raises:
+        ValueError: ``sb3.arguments`` or ``sb3.policy`` do not fit the algorithm.
+    """
+    from agents.sb3_algorithms import check_pairing
+
+    config = session.config
+    algorithm = check_pairing(config)
+    arguments: dict[str, Any] = {**algorithm.arguments, **config.sb3.arguments}
+    policy = algorithm.policy if config.sb3.policy == "auto" else config.sb3.policy
+    if len(env.observation_space.shape or ()) == 3 and "policy_kwargs" not in arguments:
+        from agents.sb3_pixels import PixelFeatures
+
+        arguments["policy_kwargs"] = {
+            "features_extractor_class": PixelFeatures,
+            "normalize_images": False,
+        }
+    steps = session.config.total_steps
+    arguments.setdefault("stats_window_size", env.num_envs * min(steps, 16))
+    kind = algorithm.load()
+    try:
+        return kind(policy, env, seed=config.seed, device=config.sb3.device, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"sb3: {config.sb3.algo} with policy '{policy}' and arguments "
+            f"{dict(config.sb3.arguments)} was refused: {error}"
+        ) from error
+
+
+def train(session: Session) -> None:
+    """Train from where the session stands to the end of its decisions."""
+    from stable_baselines3.common.logger import Logger
+
+    from agents.sb3_callback import LatestValues, SessionCallback
+    from agents.sb3_state import capture, restore
+    from repfusion_env.sb3 import RepFusionVecEnv
+
+    env = RepFusionVecEnv(session.env)
+    model = build_model(session, env)
+    values = LatestValues()
+    model.set_logger(Logger(folder=None, output_formats=[values]))
+    step = 0
+    if session.restored is not None:
+        step, saved = session.restored
+        restore(model, saved["agent"])
+        session.env.load_state_dict(saved["env"])
+        env.load_state_dict(saved["adapter"])
+
+    def state() -> dict[str, Any]:
+        return {
+            "env": session.env.state_dict(),
+            "adapter": env.state_dict(),
+            "agent": capture(model),
+        }
+
+    def greedy(observations: Tensor) -> Tensor:
+        import torch
+
+        keywords: dict[str, Any] = {}
+        if session.config.sb3.algo == "maskable_ppo":
+            keywords["action_masks"] = session.env.action_masks()[:1].repeat(len(observations), 0)
+        actions, _ = model.predict(observations.cpu().numpy(), deterministic=True, **keywords)
+        return session.env.grid.indices(torch.as_tensor(actions, device=session.env.device))
+
+    remaining = session.decisions(session.config.total_steps) - session.decisions(step)
+    with session.progress(step) as progress:
+        callback = SessionCallback(session, progress, values, state, greedy, step)
+        if session.config.sb3.algo == "ars":
+            _save_between_updates(model, callback)
+        if remaining > 0:
+            model.learn(remaining, callback=callback, reset_num_timesteps=step == 0)
+        session.save(callback.steps, state())
+    session.finish(callback.steps, greedy, model.policy)
+    model.save(session.run.folder / "model.zip")
+
+
+def _save_between_updates(model: Any, callback: Any) -> None:
+    """ARS reports a rollout when its noise is drawn already; the seam is between two updates."""
+    update = model._do_one_update
+
+    def update_after_saving(*arguments: Any) -> None:
+        callback.save_if_due()
+        update(*arguments)
+
+    callback.saves_at_rollouts = False
+    model._do_one_update = update_after_saving
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+
+    def run() -> int:
+        from agents.sb3_algorithms import check_pairing
+
+        command = parse(argv, prog=PROG, description=DESCRIPTION, aliases={"algo": "sb3.algo"})
+        name = "sb3"
+        if command.config is not None:
+            check_pairing(command.config)
+            name = f"sb3-{command.config.sb3.algo}"
+        from agents.session import run_session
+
+        return run_session(command, agent=name, train=train)
+
+    return guarded(run, PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The figures of a run: what was learned, and how well each timestep does.
+
+Shape letters: T logging points; K timesteps in the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from repfusion_env import plot_style as style
+from repfusion_env.atomic import atomic_file
+
+SHADES = LinearSegmentedColormap.from_list(
+    "shades", ["#ffffff", "#d6e6f5", "#7fb2dd", "#2f6db5", "#0f2f5f"]
+)
+# Left edge and width of each panel, as parts of the figure's width.
+PANELS = ((0.045, 0.25), (0.372, 0.235), (0.715, 0.27))
+
+
+def summary_figure(
+    *,
+    decisions: np.ndarray,
+    reward: np.ndarray,
+    counts_over_time: np.ndarray,
+    grid: Sequence[int],
+    reward_by_timestep: np.ndarray,
+    learned_counts: np.ndarray,
+    learned_reward: float,
+    random_reward: float,
+    title: str,
+    entropy: np.ndarray | None = None,
+    reward_band: np.ndarray | None = None,
+) -> Figure:
+    """A run in three panels: the training reward, what was chosen when, and what that is worth.
+
+    Args:
+        decisions: Decisions made at each logging point, (T,), rising.
+        reward: Mean training reward there, (T,).
+        counts_over_time: Choices of each grid entry since the logging point before, (T, K).
+        grid: The K timesteps.
+        reward_by_timestep: Held-out mean reward of always choosing that timestep, (K,).
+        learned_counts: The learned policy's choices on the held-out images, (K,).
+        learned_reward: Its held-out mean reward.
+        random_reward: The held-out mean reward of uniformly random choices.
+        title: Stands above the panels.
+        entropy: The policy's entropy in nats at each logging point, (T,).
+        reward_band: Half the height of a band around the smoothed reward, (T,).
+
+    Logging points without a reward or without counts (NaN) are left out.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    places, points = len(grid), len(decisions)
+    _check_shape("counts_over_time", counts_over_time, (points, places))
+    for name, values in (("reward", reward), ("entropy", entropy), ("reward_band", reward_band)):
+        if values is not None:
+            _check_shape(name, values, (points,))
+    _check_shape("reward_by_timestep", reward_by_timestep, (places,))
+    _check_shape("learned_counts", learned_counts, (places,))
+
+    # Rows that were logged for something else, an evaluation on the way, have neither.
+    known = np.isfinite(reward) & np.isfinite(counts_over_time).all(axis=1)
+    decisions, reward, counts_over_time = (
+        np.asarray(values)[known] for values in (decisions, reward, counts_over_time)
+    )
+    entropy = None if entropy is None else np.asarray(entropy)[known]
+    reward_band = None if reward_band is None else np.asarray(reward_band)[known]
+
+    figure = Figure(figsize=(14.4, 4.4), dpi=150, facecolor=style.PAPER)
+    heading = figure.text(0.045, 0.93, title, fontsize=13, color=style.INK, fontweight="bold")
+    heading.set_parse_math(False)
+    left, middle, right = (figure.add_axes((x, 0.14, width, 0.66)) for x, width in PANELS)
+    _draw_training(left, decisions, reward, reward_band, entropy)
+    _draw_choices(figure, middle, decisions, counts_over_time, grid)
+    _draw_heldout(right, grid, reward_by_timestep, learned_counts, learned_reward, random_reward)
+    return figure
+
+
+def reward_by_timestep_figure(
+    grid: Sequence[int], reward: np.ndarray, counts: np.ndarray | None = None
+) -> Figure:
+    """Mean reward of each grid entry, with how often it was chosen behind it.
+
+    Args:
+        grid: The K timesteps.
+        reward: Mean reward of each, (K,); NaN where it was never tried.
+        counts: Choices of each, (K,).
+    """
+    _check_shape("reward", reward, (len(grid),))
+    figure = Figure(figsize=(6.4, 4.0), dpi=110, facecolor=style.PAPER)
+    axes = figure.add_axes((0.13, 0.15, 0.82, 0.70))
+    style.style_axes(axes)
+    style.label_axes(axes, "Reward by timestep", "timestep", "mean reward")
+    if counts is not None:
+        _check_shape("counts", counts, (len(grid),))
+        _bars_behind(axes, np.asarray(counts, dtype=np.float64))
+        style.right_title(axes, "bars: choices", style.ORANGE)
+    _reward_line(axes, np.asarray(reward, dtype=np.float64))
+    _timestep_axis(axes, grid)
+    _fit_rewards(axes, np.asarray(reward, dtype=np.float64))
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write ``figure`` as PNG, atomically.
+
+    Raises:
+        OSError: The file cannot be written; an older one stays as it was.
+    """
+    with atomic_file(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def _draw_training(
+    axes: Axes,
+    decisions: np.ndarray,
+    reward: np.ndarray,
+    band: np.ndarray | None,
+    entropy: np.ndarray | None,
+) -> None:
+    style.style_axes(axes)
+    style.label_axes(axes, "Reward in training", "decisions", "mean reward per decision")
+    smooth = style.moving_average(reward, max(1, len(reward) // 20), centred=True)
+    axes.plot(decisions, reward, color=style.PALE_BLUE, linewidth=1.0)
+    if band is not None:
+        axes.fill_between(
+            decisions, smooth - band, smooth + band, color=style.BLUE, alpha=0.15, linewidth=0
+        )
+    marker = "o" if len(decisions) == 1 else ""
+    axes.plot(decisions, smooth, color=style.BLUE, linewidth=2.0, marker=marker)
+    _decision_axis(axes, decisions)
+    if entropy is not None and np.isfinite(entropy).any():
+        twin = axes.twinx()
+        style.style_axes(twin)
+        twin.grid(visible=False)
+        twin.plot(decisions, entropy, color=style.ORANGE, linewidth=1.4, linestyle=(0, (4, 2)))
+        twin.set_ylim(0, 1.08 * max(float(np.nanmax(entropy)), 0.1))
+        twin.tick_params(labelcolor=style.ORANGE)
+        style.right_title(twin, "policy entropy (nats)", style.ORANGE)
+
+
+def _draw_choices(
+    figure: Figure, axes: Axes, decisions: np.ndarray, counts: np.ndarray, grid: Sequence[int]
+) -> None:
+    style.style_axes(axes)
+    axes.grid(visible=False)
+    style.label_axes(axes, "Timesteps chosen over time", "decisions", "timestep")
+    # Pooled over neighbouring logging points, or single ones would be noise between pixels.
+    groups = np.array_split(np.arange(len(decisions)), max(1, min(len(decisions), 60)))
+    groups = [group for group in groups if len(group)]
+    if not groups:
+        return
+    pooled = np.stack([counts[group].sum(axis=0) for group in groups])
+    shares = pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1)
+    ends = np.array([float(decisions[group[-1]]) for group in groups])
+    edges = np.concatenate([[0.0], ends])
+    rows = np.arange(len(grid) + 1) - 0.5
+    mesh = axes.pcolormesh(
+        edges, rows, shares.T, cmap=SHADES, vmin=0, vmax=float(np.quantile(shares, 0.998)) or 1.0
+    )
+    places, labels = style.grid_ticks(grid, 9)
+    axes.set_yticks(places, labels)
+    _decision_axis(axes, decisions)
+    box = axes.get_position()
+    strip = figure.add_axes((box.x1 + 0.006, box.y0, 0.006, box.height))
+    scale = figure.colorbar(mesh, cax=strip)
+    scale.outline.set_visible(False)  # type: ignore[operator]
+    scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+    scale.ax.yaxis.set_major_locator(MaxNLocator(4))
+    scale.ax.tick_params(labelsize=7.5, labelcolor=style.MUTED, length=0)
+
+
+def _draw_heldout(
+    axes: Axes,
+    grid: Sequence[int],
+    reward: np.ndarray,
+    learned_counts: np.ndarray,
+    learned_reward: float,
+    random_reward: float,
+) -> None:
+    style.style_axes(axes)
+    style.label_axes(axes, "Held-out reward by timestep", "timestep", "mean reward")
+    _bars_behind(axes, np.asarray(learned_counts, dtype=np.float64))
+    style.right_title(axes, "bars: learned choices", style.ORANGE)
+    _reward_line(axes, np.asarray(reward, dtype=np.float64))
+    _timestep_axis(axes, grid)
+    levels = np.array([*reward, learned_reward, random_reward], dtype=np.float64)
+    _fit_rewards(axes, levels)
+    # The higher line carries its label above, the lower one below: they cannot meet.
+    above = learned_reward >= random_reward
+    for value, name, color, up in (
+        (learned_reward, "learned", style.ORANGE, above),
+        (random_reward, "random", style.MUTED, not above),
+    ):
+        axes.axhline(value, color=color, linewidth=1.4, linestyle=(0, (5, 2)), zorder=3)
+        axes.annotate(
+            f"{name} {value:.3f}".replace("-", "\N{MINUS SIGN}"),
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 3 if up else -3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if up else "top",
+            fontsize=8.5,
+            color=color,
+        )
+
+
+def _reward_line(axes: Axes, reward: np.ndarray) -> None:
+    axes.plot(
+        np.arange(len(reward)),
+        reward,
+        color=style.BLUE,
+        linewidth=1.6,
+        marker="o" if len(reward) <= 60 else "",
+        markersize=4,
+        mew=0,
+        zorder=4,
+    )
+
+
+def _bars_behind(axes: Axes, counts: np.ndarray) -> None:
+    """Shares of choices as pale bars on a second scale, which fills the lower half."""
+    twin = axes.twinx()
+    twin.set_zorder(axes.get_zorder() - 1)
+    axes.patch.set_visible(False)
+    style.style_axes(twin)
+    twin.grid(visible=False)
+    twin.set_yticks([])
+    shares = counts / max(float(counts.sum()), 1.0)
+    twin.bar(np.arange(len(counts)), shares, width=0.8, color=style.PALE_ORANGE, linewidth=0)
+    twin.set_ylim(0, 2.0 * max(float(shares.max()), 1e-9))
+
+
+def _timestep_axis(axes: Axes, grid: Sequence[int]) -> None:
+    places, labels = style.grid_ticks(grid, 9)
+    axes.set_xticks(places, labels)
+    axes.set_xlim(-0.7, len(grid) - 0.3)
+
+
+def _decision_axis(axes: Axes, decisions: np.ndarray) -> None:
+    axes.set_xlim(0, decisions[-1] if len(decisions) else 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
+
+
+def _thousands(value: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _fit_rewards(axes: Axes, levels: np.ndarray) -> None:
+    """A y axis around ``levels`` with room for the lines' labels."""
+    levels = levels[np.isfinite(levels)]
+    if len(levels):
+        margin = 0.08 * float(np.ptp(levels)) or 0.1
+        axes.set_ylim(float(levels.min()) - 1.2 * margin, float(levels.max()) + 1.6 * margin)
+
+
+def _check_shape(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if np.shape(values) != shape:
+        raise ValueError(f"{name} has shape {np.shape(values)}; it must have {shape}")

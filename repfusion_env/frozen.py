@@ -1,0 +1,194 @@
+"""What training never changes: image banks, teacher, timestep grid, feature statistics.
+
+Shape letters: N images, C,H,W image, F feature width, h,w feature positions, K grid length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.data import load_data
+from repfusion_env.data.bank import ImageBank
+from repfusion_env.noise import derive_seed, keyed_noise
+from repfusion_env.teachers import check_fit, describe_teacher, load_teacher
+from repfusion_env.teachers.base import Teacher
+from repfusion_env.timesteps import TimestepGrid
+
+CHUNK = 256
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means on this machine.
+
+    Raises:
+        ValueError: A CUDA device is asked for that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"device: '{name}' given, but this machine has {count} usable CUDA devices; "
+                "allowed here: auto, cpu" + "".join(f", cuda:{i}" for i in range(count))
+            )
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def chunks(ids: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
+    """``ids`` in pieces small enough for one forward."""
+    yield from ids.split(size)
+
+
+class TeacherFeatures:
+    """Standardised teacher features of (image, timestep) pairs.
+
+    Features are standardised per channel with the mean and deviation over ``standardize_images``
+    images spread over the grid, so that a loss weighs channels and layers alike.
+
+    Args:
+        teacher: The frozen teacher.
+        config: Input mode, noise mode and whether features are dense.
+        grid: Where the statistics are measured.
+        bank: Training images for the statistics.
+    """
+
+    def __init__(
+        self, teacher: Teacher, config: ExperimentConfig, grid: TimestepGrid, bank: ImageBank
+    ) -> None:
+        self.teacher = teacher
+        self.noised = config.teacher.input == "noised"
+        self.fixed_noise = config.teacher.noise == "fixed"
+        self.dense = config.distillation.dense
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._statistics = self._measure(grid, bank, config.teacher.standardize_images)
+
+    @property
+    def widths(self) -> list[int]:
+        """Feature width F of each layer."""
+        return [self.teacher.feature_shapes[layer][0] for layer in self.teacher.layers]
+
+    def inputs(
+        self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> Tensor:
+        """What the teacher sees: the images, with ``input: noised`` after add_noise. (N,C,H,W)."""
+        images = bank.pixels(ids)
+        if not self.noised:
+            return images
+        visits = torch.zeros_like(visits) if self.fixed_noise else visits
+        noise = keyed_noise(bank.shape, noise_seed, ids, timesteps, visits)
+        return self.teacher.add_noise(images, noise, timesteps)
+
+    def __call__(
+        self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> list[Tensor]:
+        """Features per layer, ``(N, F)`` or, dense, ``(N, F, h, w)``; no gradient, no sync.
+
+        Args:
+            bank: Where ``ids`` point.
+            ids: ``(N,)`` image ids.
+            timesteps: ``(N,)`` timesteps.
+            visits: ``(N,)`` keys of fresh noise; see :func:`repfusion_env.noise.keyed_noise`.
+            noise_seed: Seed of the noise.
+        """
+        inputs = self.inputs(bank, ids, timesteps, visits, noise_seed)
+        maps = self.teacher.features(inputs, timesteps)
+        features = [maps[layer] for layer in self.teacher.layers]
+        if not self.dense:
+            features = [feature.mean((2, 3)) for feature in features]
+        if not self._statistics:
+            return features
+        return [
+            (feature - mean) / deviation
+            for feature, (mean, deviation) in zip(features, self._statistics, strict=True)
+        ]
+
+    def _measure(
+        self, grid: TimestepGrid, bank: ImageBank, count: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(derive_seed(0, "standardize"))
+        ids = torch.randperm(len(bank), generator=generator)[:count].to(grid.tensor.device)
+        timesteps = grid.tensor.repeat(len(ids) // len(grid) + 1)[: len(ids)]
+        seed = derive_seed(0, "standardize noise")
+        sums: list[Tensor] = []
+        for part in chunks(torch.arange(len(ids), device=ids.device)):
+            visits = torch.zeros_like(part)
+            for index, feature in enumerate(self(bank, ids[part], timesteps[part], visits, seed)):
+                values = feature.double().transpose(0, 1).flatten(1)  # (F, n)
+                count_here = torch.full_like(values[:, 0], values.shape[1])
+                moments = torch.stack((count_here, values.sum(1), values.square().sum(1)))
+                if index == len(sums):
+                    sums.append(moments)
+                else:
+                    sums[index] = sums[index] + moments
+        statistics = []
+        for moments in sums:
+            mean = moments[1] / moments[0]
+            deviation = (moments[2] / moments[0] - mean.square()).clamp_min(0).sqrt()
+            # A channel that never varies must not be blown up to unit variance.
+            deviation = deviation.clamp_min(1e-6 + 1e-3 * float(deviation.mean()))
+            shape = (1, -1, 1, 1) if self.dense else (1, -1)
+            statistics.append((mean.float().view(shape), deviation.float().view(shape)))
+        return statistics
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """Everything that training reads and never writes; shared by environments on one trainer."""
+
+    device: torch.device
+    train: ImageBank
+    heldout: ImageBank
+    teacher: Teacher
+    grid: TimestepGrid
+    features: TeacherFeatures
+
+    def valid_actions(self, min_snr: float) -> Tensor:
+        """(K,) bool: timesteps whose signal-to-noise ratio is at least ``min_snr``."""
+        valid = self.teacher.snr(self.grid.tensor) >= min_snr
+        if not bool(valid.any()):
+            largest = float(self.teacher.snr(self.grid.tensor).max())
+            raise ValueError(
+                f"timesteps.min_snr: {min_snr} closes every timestep of the grid; the largest "
+                f"signal-to-noise ratio on it is {largest:.3g}"
+            )
+        return valid
+
+
+def build_frozen_parts(config: ExperimentConfig) -> FrozenParts:
+    """Load banks and teacher, check that they fit, and measure the feature statistics.
+
+    Raises:
+        ValueError: With one sentence each for whatever does not fit.
+    """
+    device = resolve_device(config.device)
+    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            "a CUDA trainer cannot be built in a forked process; use lanes (num_envs) instead of "
+            "worker processes, or the 'spawn' start method"
+        )
+    card = describe_teacher(config.teacher)
+    train, heldout = load_data(config.data)
+    check_fit(card, config, train.shape)
+    train, heldout = train.to(device), heldout.to(device)
+    teacher = load_teacher(config.teacher, device=device)
+    grid = TimestepGrid(config.timesteps.grid(), device)
+    features = TeacherFeatures(teacher, config, grid, train)
+    return FrozenParts(device, train, heldout, teacher, grid, features)
+
+
+def refuse_fork(device: torch.device, pid: int) -> None:
+    """Say at once that a CUDA trainer has been carried into another process."""
+    if device.type == "cuda" and os.getpid() != pid:
+        raise RuntimeError(
+            "this environment's CUDA trainer was made in another process; CUDA does not survive a "
+            "fork, so use lanes (num_envs) instead of worker processes"
+        )
