@@ -1,0 +1,60 @@
+"""Small real material for all tests: a randomly built teacher on disk, and real images if there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Several test processes share two cores; more threads than cores would make each of them crawl.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a diffusers UNet2DModel for 1x16x16 images, random weights, and its scheduler."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8,
+        )
+    unet.save_pretrained(folder)
+    DDPMScheduler(num_train_timesteps=1000).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(tiny_teacher: str) -> dict[str, Any]:
+    """Overrides of ``digits`` under which an environment is made and stepped in milliseconds."""
+    return {
+        "device": "cpu",
+        "teacher": {"model": tiny_teacher, "standardize_images": 64},
+        "data": {"train_limit": 96, "heldout_limit": 40},
+        "timesteps": {"count": 5, "first": 0, "last": 800},
+        "env": {"num_envs": 4},
+        "optimizer": {"batch_size": 8},
+        "run": {"decisions": 400},
+    }
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of unpacked real image banks, named by REPFUSION_DATA; skips without it."""
+    folder = os.environ.get("REPFUSION_DATA")
+    if not folder:
+        pytest.skip("REPFUSION_DATA names no folder of image banks")
+    return Path(folder)
