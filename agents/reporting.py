@@ -54,13 +54,11 @@ def report(
 
 def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) -> None:
     metrics = run.metrics()
-    rows = np.array([row is not None for row in metrics["timestep/counts"]])
-    counts = np.array([row for row in metrics["timestep/counts"] if row is not None])
     figure = summary_figure(
-        decisions=metrics["decisions"][rows],
-        reward=metrics["reward/mean"][rows],
-        entropy=metrics.get("policy/entropy", metrics["timestep/entropy"])[rows],
-        counts_over_time=counts,
+        decisions=metrics["decisions"],
+        reward=metrics["reward/mean"],
+        entropy=metrics.get("policy/entropy", metrics["timestep/entropy"]),
+        counts_over_time=metrics["timestep/counts"],
         grid=found.grid,
         reward_by_timestep=found.by_timestep,
         learned_counts=found.counts,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,14 @@ def capture(model: BaseAlgorithm) -> dict[str, Any]:
     return {
         "parameters": model.get_parameters(),
         "variables": {name: recursive_getattr(model, name).detach() for name in variables},
-        "attributes": _plain_attributes(model),
-        "replay_buffer": None if replay is None else _plain_attributes(replay),
+        "attributes": _plain_items(vars(model)),
+        # Figures that SB3 has recorded and not yet handed to its outputs.
+        "logged": {
+            "values": _plain_items(model.logger.name_to_value),
+            "counts": _plain_items(model.logger.name_to_count),
+            "excluded": _plain_items(model.logger.name_to_excluded),
+        },
+        "replay_buffer": None if replay is None else _plain_items(vars(replay)),
         "random": {
             "python": _plain(random.getstate()),
             # SB3 draws from NumPy's global generator, so its state is what must be kept.
@@ -50,6 +57,9 @@ def restore(model: BaseAlgorithm, state: dict[str, Any]) -> None:
     for name, value in state["variables"].items():
         recursive_getattr(model, name).data.copy_(value)
     _set_attributes(model, state["attributes"])
+    model.logger.name_to_value.update(state["logged"]["values"])
+    model.logger.name_to_count.update(state["logged"]["counts"])
+    model.logger.name_to_excluded.update(state["logged"]["excluded"])
     replay = getattr(model, "replay_buffer", None)
     if replay is not None:
         _set_attributes(replay, state["replay_buffer"])
@@ -66,10 +76,10 @@ def restore(model: BaseAlgorithm, state: dict[str, Any]) -> None:
         model.env._reset_seeds()
 
 
-def _plain_attributes(holder: Any) -> dict[str, Any]:
-    """The attributes that are numbers, arrays, tensors or containers of them."""
+def _plain_items(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The items that are numbers, text, arrays, tensors or containers of them."""
     found = {}
-    for name, value in vars(holder).items():
+    for name, value in items.items():
         try:
             found[name] = _plain(value)
         except _NotPlainError:
@@ -89,16 +99,16 @@ def _set_attributes(holder: Any, state: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):  # before float: NumPy's float64 is one
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, np.ndarray) and value.dtype != object:
         # torch has no tensors of every unsigned width; NumPy's generator state is uint32.
         wide = value.astype(np.int64) if value.dtype.kind == "u" and value.itemsize > 1 else value
         return {_ARRAY: torch.from_numpy(np.ascontiguousarray(wide)), "dtype": value.dtype.str}
-    if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
-        return value.detach().clone()
+    if isinstance(value, Tensor) and not value.requires_grad:
+        return value.clone()
     if isinstance(value, deque):
         return {_DEQUE: [_plain(item) for item in value], "maxlen": value.maxlen}
     if isinstance(value, tuple):

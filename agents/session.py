@@ -23,7 +23,7 @@ from repfusion_env.checkpoint import CheckpointError
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.progress import Progress
-from repfusion_env.runs import Run
+from repfusion_env.runs import Run, RunError
 from repfusion_env.trainer import NonFiniteError
 from repfusion_env.weights import save_weights
 
@@ -45,10 +45,12 @@ class Session:
         interrupted: Whether the user asked to stop; the next save ends the session.
     """
 
-    def __init__(self, run: Run, restored: tuple[int, dict[str, Any]] | None) -> None:
+    def __init__(
+        self, run: Run, env: RepFusionVectorEnv, restored: tuple[int, dict[str, Any]] | None
+    ) -> None:
         self.run = run
         self.config: ExperimentConfig = run.config
-        self.env = RepFusionVectorEnv(config=run.config)
+        self.env = env
         self.restored = restored
         self.interrupted = False
         self._spent_before = float(restored[1]["seconds"]) if restored else 0.0
@@ -145,6 +147,8 @@ class Session:
 
 def run_session(command: Command, *, agent: str, train: Callable[[Session], None]) -> int:
     """Open or make the run folder, train in it, and turn what can happen into exit codes."""
+    run: Run | None = None
+    restored: tuple[int, dict[str, Any]] | None = None
     if command.resume is not None:
         run = Run.resume(command.resume)
         family = run.agent.partition("-")[0]
@@ -158,15 +162,16 @@ def run_session(command: Command, *, agent: str, train: Callable[[Session], None
         if restored is None:
             print("no checkpoint yet: starting from the beginning", file=sys.stderr)
             run.rewind(0)
+        config = run.config
     else:
         assert command.config is not None
-        run, restored = None, None  # type: ignore[assignment]
+        config = command.config
     try:
+        # Everything is loaded and checked first: what is refused leaves no empty run folder.
+        env = RepFusionVectorEnv(config=config)
         if run is None:
-            # Loading and checking come first: a refused configuration leaves no empty folder.
-            run = _new_run(command, agent)
-        session = Session(run, restored)
-        train(session)
+            run = Run.create(config, agent=agent, label=command.label)
+        train(Session(run, env, restored))
     except Interrupted:
         print(_how_to_resume(run, agent), file=sys.stderr)
         return INTERRUPTED
@@ -174,7 +179,7 @@ def run_session(command: Command, *, agent: str, train: Callable[[Session], None
         print("stopped at once; the last checkpoint stands", file=sys.stderr)
         print(_how_to_resume(run, agent), file=sys.stderr)
         return INTERRUPTED
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         print(_how_to_resume(run, agent), file=sys.stderr)
         return FAILED
@@ -182,19 +187,6 @@ def run_session(command: Command, *, agent: str, train: Callable[[Session], None
         if run is not None:
             run.close()
     return 0
-
-
-def _new_run(command: Command, agent: str) -> Run:
-    from repfusion_env.data import load_data
-    from repfusion_env.frozen import resolve_device
-    from repfusion_env.teachers import check_fit, describe_teacher
-
-    config = command.config
-    assert config is not None
-    resolve_device(config.device)
-    card = describe_teacher(config.teacher)
-    check_fit(card, config, load_data(config.data)[0].shape)
-    return Run.create(config, agent=agent, label=command.label)
 
 
 def _how_to_resume(run: Run | None, agent: str) -> str:

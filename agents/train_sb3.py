@@ -9,6 +9,7 @@ Same configuration, TensorBoard tags and summary as ``train_reinforce``; SB3's o
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from torch import Tensor
 
+    from agents.sb3_callback import SessionCallback
     from agents.session import Session
     from repfusion_env.sb3 import RepFusionVecEnv
 
@@ -49,9 +51,10 @@ def build_model(session: Session, env: RepFusionVecEnv) -> BaseAlgorithm:
             "features_extractor_class": PixelFeatures,
             "normalize_images": False,
         }
-    steps = session.config.total_steps
-    arguments.setdefault("stats_window_size", env.num_envs * min(steps, 16))
     kind = algorithm.load()
+    if "stats_window_size" in inspect.signature(kind).parameters:
+        # SB3 averages over 100 episodes, which is less than two steps of 64 one-step lanes.
+        arguments.setdefault("stats_window_size", env.num_envs * min(config.total_steps, 16))
     try:
         return kind(policy, env, seed=config.seed, device=config.sb3.device, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
@@ -79,12 +82,14 @@ def train(session: Session) -> None:
         restore(model, saved["agent"])
         session.env.load_state_dict(saved["env"])
         env.load_state_dict(saved["adapter"])
+        values.values = dict(saved["latest"])
 
     def state() -> dict[str, Any]:
         return {
             "env": session.env.state_dict(),
             "adapter": env.state_dict(),
             "agent": capture(model),
+            "latest": dict(values.values),
         }
 
     def greedy(observations: Tensor) -> Tensor:
@@ -100,24 +105,41 @@ def train(session: Session) -> None:
     with session.progress(step) as progress:
         callback = SessionCallback(session, progress, values, state, greedy, step)
         if session.config.sb3.algo == "ars":
-            _save_between_updates(model, callback)
+            _fit_ars(model, callback)
         if remaining > 0:
             model.learn(remaining, callback=callback, reset_num_timesteps=step == 0)
+        _undo_fit(model)
         session.save(callback.steps, state())
     session.finish(callback.steps, greedy, model.policy)
     model.save(session.run.folder / "model.zip")
 
 
-def _save_between_updates(model: Any, callback: Any) -> None:
-    """ARS reports a rollout when its noise is drawn already; the seam is between two updates."""
-    update = model._do_one_update
+def _fit_ars(model: Any, callback: SessionCallback) -> None:
+    """Make ARS count and save as the other algorithms do.
+
+    It reports each lane of a step as a step of all lanes, which would end the run too early,
+    and a rollout when its noise is drawn already; a run can only go on from between two updates.
+    """
+    update, env = model._do_one_update, callback.session.env
+
+    def count(_locals: Any, _globals: Any, callback: SessionCallback, n_envs: int) -> None:
+        if callback.steps < env.steps:
+            model.num_timesteps += n_envs
+            callback.on_step()
 
     def update_after_saving(*arguments: Any) -> None:
         callback.save_if_due()
         update(*arguments)
 
     callback.saves_at_rollouts = False
+    model._trigger_callback = count
     model._do_one_update = update_after_saving
+
+
+def _undo_fit(model: Any) -> None:
+    """Leave a model that SB3 can save."""
+    for name in ("_trigger_callback", "_do_one_update"):
+        vars(model).pop(name, None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

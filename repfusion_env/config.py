@@ -18,6 +18,8 @@ from repfusion_env import registry
 
 T = TypeVar("T")
 
+LIBRARIES = ("torchvision", "timm")
+
 Count = Annotated[int, Strict(), Gt(0)]
 Index = Annotated[int, Strict(), Ge(0)]
 Number = Annotated[float, Strict()]
@@ -307,6 +309,17 @@ def conflicts(config: ExperimentConfig) -> list[str]:
         source = config.observation.source
         name("observation.source", "observation", source, registry.OBSERVATIONS)
 
+    library, slash, _ = config.observation.source.partition("/")
+    if slash and ":" not in config.observation.source and library not in LIBRARIES:
+        found.append(
+            f"observation.source: '{config.observation.source}' names no known library; "
+            f"allowed: {', '.join(f'{known}/<name>' for known in LIBRARIES)}"
+        )
+    if config.observation.source == "pixels" and config.observation.student_state:
+        found.append(
+            "observation.student_state: it is appended to an embedding, so observation.source "
+            "'pixels' has no place for it"
+        )
     if config.data.name in ("npz", "folder", "cifar10") and config.data.path is None:
         found.append(f"data.path: data.name '{config.data.name}' needs a path")
     if not config.teacher.layers:

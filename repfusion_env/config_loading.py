@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -142,11 +143,16 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 def check(values: Mapping[str, Any]) -> ExperimentConfig:
     """Build the configuration from nested ``values``; raises as :func:`load_config` does."""
+    expanded = _expand(values)
+    problems: list[str] = []
     try:
-        config = _adapter().validate_python(_expand(values))
+        config = _adapter().validate_python(expanded)
     except ValidationError as error:
-        raise ConfigError([_sentence(detail) for detail in error.errors()]) from None
-    problems = conflicts(config)
+        details = error.errors()
+        problems += [_sentence(detail) for detail in details]
+        # What is left without the refused keys may still conflict; say that too, all at once.
+        config = _adapter().validate_python(_without(expanded, [item["loc"] for item in details]))
+    problems += conflicts(config)
     if problems:
         raise ConfigError(problems)
     return config
@@ -207,7 +213,10 @@ def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
             value = {value: 1.0}
         node = expanded
         for part in path[:-1]:
-            node = node.setdefault(part, {})
+            if not isinstance(node.get(part), dict):
+                # A value and keys below it cannot both be; the keys, given later, are judged.
+                node[part] = {}
+            node = node[part]
         if isinstance(value, dict) and isinstance(node.get(path[-1]), dict):
             node[path[-1]] = {**node[path[-1]], **value}
         else:
@@ -235,9 +244,25 @@ def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator
             yield (*prefix, key), value
 
 
+def _without(values: Mapping[str, Any], paths: list[tuple[int | str, ...]]) -> dict[str, Any]:
+    """``values`` without the sections' keys (or whole top-level keys) that ``paths`` lead to."""
+    nested = sections()
+    kept = {key: dict(item) if isinstance(item, Mapping) else item for key, item in values.items()}
+    for path in paths:
+        holder = kept.get(str(path[0]))
+        if len(path) > 1 and path[0] in nested and isinstance(holder, dict):
+            holder.pop(str(path[1]), None)
+        else:
+            kept.pop(str(path[0]), None)
+    return kept
+
+
+@functools.cache
 def _adapter() -> TypeAdapter[ExperimentConfig]:
     for kind in (ExperimentConfig, *sections().values()):
-        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+        kind.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
+            extra="forbid", allow_inf_nan=False
+        )
     return TypeAdapter(ExperimentConfig)
 
 
@@ -282,10 +307,8 @@ def _sentence(detail: Any) -> str:
 
 
 def _is_tag(part: int | str) -> bool:
-    # Unions add the tried type to pydantic's location; the user's key has no such part.
-    return isinstance(part, str) and bool(
-        re.search(r"[\[\(]|^(constrained|int|float|str|none)", part)
-    )
+    # Pydantic marks a mapping's key as such; the user's path has no such part.
+    return part == "[key]"
 
 
 def _close(given: Any, context: Mapping[str, Any]) -> str:

@@ -118,6 +118,8 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             self._owns_trainer = True
         else:
             self._owns_trainer = False
+            if num_envs is not None and num_envs < 1:
+                raise ValueError(f"num_envs: {num_envs} given; it must be greater than 0")
             if num_envs is not None and num_envs % trainer.config.env.group_size:
                 raise ValueError(
                     f"num_envs: {num_envs} lanes cannot be divided into groups of "
@@ -160,7 +162,7 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             Observations (N, D) and ``{"image_id": (N,)}``.
         """
         self._refuse_closed()
-        if seed is not None and not isinstance(seed, int | np.integer):
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
             raise TypeError(
                 f"seed: {seed!r} given; all lanes share one student, so the seed is one int"
             )
@@ -232,6 +234,12 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             info,
         )
 
+    def observe(self) -> Tensor:
+        """Observations of the images now shown, (N, D), as the student is now."""
+        if self._ids is None:
+            raise ResetNeeded("reset() must be called before observe()")
+        return self.observer(self.bank, self._ids)
+
     def render(self) -> tuple[np.ndarray, ...] | None:
         """One frame per lane, uint8 (height, width, 3), or None without a render mode."""
         if self.render_mode is None:
@@ -251,6 +259,11 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         trainer = self.trainer
         seed = trainer.noise_seed if self.train_student else trainer.heldout_noise_seed
         return draw_lane(trainer, self.bank, self._ids, self._last, self._decisions, seed, lane)
+
+    @property
+    def steps(self) -> int:
+        """Steps made since the start or the last seeded reset."""
+        return self._steps
 
     def action_masks(self) -> np.ndarray:
         """(N, K) bool: timesteps with a signal-to-noise ratio of ``timesteps.min_snr`` or more."""
@@ -344,13 +357,16 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         return {key: value.clone() for key, value in info.items()}
 
     def _checked(self, actions: Any) -> Tensor:
-        given = actions if isinstance(actions, Tensor) else torch.as_tensor(np.asarray(actions))
+        given = actions if isinstance(actions, Tensor) else self._as_tensor(actions)
         continuous = self.config.env.action == "continuous"
         shape = (self.num_envs, 1) if continuous else (self.num_envs,)
-        kind_fits = given.is_floating_point() == continuous and given.dtype != torch.bool
+        is_number = given.dtype != torch.bool and not given.is_complex()
+        kind_fits = is_number and given.is_floating_point() == continuous
         if tuple(given.shape) != shape or not kind_fits:
             kind = str(given.dtype).removeprefix("torch.")
             raise ValueError(self._refusal(f"{kind} {tuple(given.shape)}"))
+        if not continuous:
+            given = given.long()  # torch compares no uint16, uint32 and uint64
         outside = self.grid.outside(given)
         if given.device.type == "cpu":
             if bool(outside.any()):
@@ -359,6 +375,12 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         else:
             self._decisions.note_outside(outside)
         return given.to(self.device)
+
+    def _as_tensor(self, actions: Any) -> Tensor:
+        try:
+            return torch.as_tensor(np.asarray(actions))
+        except (TypeError, ValueError):
+            raise ValueError(self._refusal(repr(actions))) from None
 
     def _refusal(self, given: str) -> str:
         return f"actions: {given} given; allowed: {self.num_envs} of {self.single_action_space}"
@@ -454,9 +476,14 @@ class RepFusionEnv(gym.Env[np.ndarray, Any], EzPickle):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Show the next image; with a seed, start everything over."""
+        if self.lane.closed:
+            raise ClosedEnvironmentError("this environment has been closed; make a new one")
         super().reset(seed=seed)
         if self._shown is not None and seed is None:
             observation, info = self._shown, {"image_id": self._image_id()}
+            if self.lane.observer.depends_on_student:
+                # A held-out view's student may have learned since the last episode ended.
+                observation = self.lane.observe()[0].cpu().numpy()
         else:
             tensor, tensors = self.lane.reset(seed=seed)
             observation, info = tensor[0].cpu().numpy(), _numbers(tensors)
@@ -473,7 +500,8 @@ class RepFusionEnv(gym.Env[np.ndarray, Any], EzPickle):
             raise ClosedEnvironmentError("this environment has been closed; make a new one")
         if not self._in_episode:
             raise ResetNeeded("the episode has not begun or is over; call reset() before step()")
-        tensor, reward, terminated, truncated, tensors = self.lane.step(np.asarray(action)[None])
+        one = action[None] if isinstance(action, Tensor) else np.asarray(action)[None]
+        tensor, reward, terminated, truncated, tensors = self.lane.step(one)
         observation = tensor[0].cpu().numpy()
         if "final_obs" in tensors:
             self._shown, self._in_episode = observation, False
@@ -498,6 +526,10 @@ class RepFusionEnv(gym.Env[np.ndarray, Any], EzPickle):
         """Release the lane; later calls are refused."""
         self.lane.close()
         super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.lane.__getstate__()  # refuses a shared trainer
+        return EzPickle.__getstate__(self)  # type: ignore[no-any-return]
 
     def _image_id(self) -> int:
         assert self.lane._ids is not None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +151,7 @@ class FrozenParts:
     teacher: Teacher
     grid: TimestepGrid
     features: TeacherFeatures
+    sources: dict[Any, Any] = field(default_factory=dict)  # observations by their settings
 
     def valid_actions(self, min_snr: float) -> Tensor:
         """(K,) bool: timesteps whose signal-to-noise ratio is at least ``min_snr``."""

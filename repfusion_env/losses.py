@@ -112,14 +112,15 @@ def _points(
     student: Tensor, teacher: Tensor, anchors: Anchors | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student, teacher, student's others, teacher's others, each (groups, L, F)."""
-    others = anchors or (student, teacher)
 
     def arranged(features: Tensor) -> Tensor:
         if features.ndim == 4:
             return features.flatten(2).transpose(1, 2)  # (B, H*W, F)
         return features[None]  # (1, B, F)
 
-    return arranged(student), arranged(teacher), arranged(others[0]), arranged(others[1])
+    points = arranged(student), arranged(teacher)
+    others = points if anchors is None else (arranged(anchors[0]), arranged(anchors[1]))
+    return *points, *others
 
 
 def _per_sample(values: Tensor, student: Tensor) -> Tensor:
@@ -128,12 +129,18 @@ def _per_sample(values: Tensor, student: Tensor) -> Tensor:
 
 
 def _relative_distances(points: Tensor, others: Tensor) -> Tensor:
-    """(G, L, F), (G, L', F) -> (G, L, L') distances over their mean, 0 on the diagonal."""
+    """(G, L, F), (G, L', F) -> (G, L, L') distances over the mean distance among the others."""
+    distances = _distances(points, others)
+    among = distances if others is points else _distances(others, others)
+    positive = (among > 0).sum((1, 2), keepdim=True).clamp_min(1)
+    return distances / (among.sum((1, 2), keepdim=True) / positive).clamp_min(_TINY)
+
+
+def _distances(points: Tensor, others: Tensor) -> Tensor:
+    """(G, L, F), (G, L', F) -> (G, L, L')."""
     squared = (points[:, :, None] - others[:, None]).square().sum(-1)
     # The root has no gradient at 0, where a point meets itself.
-    distances = torch.where(squared > _TINY, squared.clamp_min(_TINY).sqrt(), 0.0)
-    positive = (distances > 0).sum((1, 2), keepdim=True).clamp_min(1)
-    return distances / (distances.sum((1, 2), keepdim=True) / positive).clamp_min(_TINY)
+    return torch.where(squared > _TINY, squared.clamp_min(_TINY).sqrt(), 0.0)
 
 
 def _angles(points: Tensor, others: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """Upper 24 bits -> float32 strictly inside (0, 1)."""
+    """Upper 24 bits -> float32 in (0, 1]; never 0, whose logarithm would be infinite."""
     return (_shifted(bits, 40).to(torch.float32) + 0.5) * 2.0**-24
 
 

@@ -53,8 +53,17 @@ class Observer:
             if "/" in settings.source
             else look_up("observation", settings.source, OBSERVATIONS)
         )
-        self.source = builder(trainer.config, trainer.parts)
+        # A bank's embeddings are computed once, however many environments share the teacher.
+        sources, key = trainer.parts.sources, (settings, trainer.config.student)
+        if key not in sources:
+            sources[key] = builder(trainer.config, trainer.parts)
+        self.source: Source = sources[key]
         self.student_state = settings.student_state
+        if self.student_state and len(self.source.shape) != 1:
+            raise ValueError(
+                f"observation.student_state: it is appended to an embedding, but "
+                f"observation.source '{settings.source}' has the shape {self.source.shape}"
+            )
 
     @property
     def depends_on_student(self) -> bool:
@@ -124,7 +133,8 @@ class _StudentEmbedding:
 
     def __init__(self, config: ExperimentConfig, parts: FrozenParts) -> None:
         channels, size, _ = parts.train.shape
-        backbone = build_backbone(config.student.name, in_channels=channels, image_size=size)
+        with torch.random.fork_rng(devices=[]):  # only its width is wanted
+            backbone = build_backbone(config.student.name, in_channels=channels, image_size=size)
         self.shape: tuple[int, ...] = (backbone.feature_channels,)
         self.bound = config.observation.clip
 

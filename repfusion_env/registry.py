@@ -85,11 +85,15 @@ def look_up(kind: str, name: str, table: Mapping[str, str]) -> Any:
         raise ValueError(sentence)
     module_name, _, attribute = table.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name) if module_name else None
     except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(f"{kind} '{name}': there is no module '{error.name}'") from error
         raise
+    if module is None or not attribute:
+        raise ValueError(f"{kind} '{name}': your own part is named 'module:attribute'")
+    try:
+        return getattr(module, attribute)
     except AttributeError as error:
         raise ValueError(
             f"{kind} '{name}': module '{module_name}' has no attribute '{attribute}'"

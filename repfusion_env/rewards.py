@@ -97,7 +97,7 @@ def _residual_move(measured: Measurement) -> Tensor:
     residual = torch.cat(
         [p(h) - z for p, z in zip(measured.projections, measured.teacher, strict=True)], dim=1
     )
-    eye = torch.eye(min(jacobian.shape), device=h.device)
+    eye = torch.eye(min(jacobian.shape), dtype=jacobian.dtype, device=h.device)
     damping = measured.config.damping * eye
     # J^T (J J^T + l I)^-1 = (J^T J + l I)^-1 J^T; the smaller matrix is factored. cholesky_ex does
     # not wait for the device to report success, and the damped matrix is positive definite.

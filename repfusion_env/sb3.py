@@ -136,6 +136,11 @@ def _to_host(parts: list[Tensor]) -> list[np.ndarray]:
     """Tensors (N, ...) as float32 arrays, in one transfer."""
     if parts[0].device.type == "cpu":
         return [part.to(torch.float32).numpy() for part in parts]
+    return _in_one_transfer(parts)
+
+
+def _in_one_transfer(parts: list[Tensor]) -> list[np.ndarray]:
+    """Tensors (N, ...) side by side as one float32 matrix, taken apart again on the host."""
     flat = [part.reshape(part.shape[0], -1).to(torch.float32) for part in parts]
     host = torch.cat(flat, dim=1).cpu().numpy()
     widths = np.cumsum([part.shape[1] for part in flat])[:-1]

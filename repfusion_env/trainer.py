@@ -25,6 +25,7 @@ from repfusion_env.frozen import FrozenParts
 from repfusion_env.losses import DistillationLoss
 from repfusion_env.noise import derive_seed
 from repfusion_env.rewards import Measurement, RewardRule
+from repfusion_env.student_buffers import restore_buffers, snapshot_buffers
 from repfusion_env.tasks import Task
 from students import Projection, build_backbone
 
@@ -146,6 +147,9 @@ class DistillationTrainer:
         """The averaged student where there is one, else the student."""
         return self.average if self.average is not None else self.student
 
+    # Callers act without gradients, some inside no_grad or inference_mode; the student learns.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def step(self, ids: Tensor, timesteps: Tensor, visits: Tensor) -> StepResult:
         """Distil N images at their timesteps, update the student, and measure the rewards.
 
@@ -172,7 +176,8 @@ class DistillationTrainer:
         # A batch of one has no batch statistics to normalise with; the first step of one lane
         # therefore measures without an update.
         self.student.train(len(batch_ids) > 1)
-        with self._precision():
+        statistics = snapshot_buffers(self.student)
+        with self._precision(), self._own_randomness():
             maps = self.student.features(images)
         pooled = maps.mean((2, 3))
         distilled = self._distillation_losses(maps, pooled, teacher)
@@ -185,7 +190,7 @@ class DistillationTrainer:
             probe_losses = self.task.losses(self.student.probe(_pooled(teacher)), targets)
             total = total + probe_losses.mean()
         if len(batch_ids) > 1:
-            self._update(total)
+            self._update(total, statistics)
         self.steps += 1
 
         with torch.no_grad():
@@ -223,12 +228,12 @@ class DistillationTrainer:
         teacher = self.parts.features(bank, ids, timesteps, visits, self.heldout_noise_seed)
         student, targets = self.evaluation_student, self.task.targets(bank, ids)
         maps, pooled = self.embed(bank.pixels(ids), student)
-        teacher = self._on_student_grid(teacher, maps)
         outputs = student.head(pooled)
         losses = self.task.losses(outputs, targets)
         probe_loss = None
         if self.heldout_rule.probe:
             probe_loss = self.task.losses(student.probe(_pooled(teacher)), targets)
+        teacher = self._on_student_grid(teacher, maps)
         measured = self._measurement(
             maps if self.config.distillation.dense else pooled,
             teacher,
@@ -306,7 +311,14 @@ class DistillationTrainer:
         if self._recent is not None:
             ids = torch.cat((ids, self._recent[0]))[:size]
             pairs = zip(features, self._recent[1], strict=True)
+            lanes = len(features[0])
             features = [torch.cat(pair)[:size] for pair in pairs]
+            # An earlier decision without a finite feature spoilt its own step; the newest decision
+            # takes its place, or it would spoil every step until it has left the batch.
+            finite = torch.stack([z.flatten(1).isfinite().all(1) for z in features]).all(0)
+            rows = torch.arange(len(ids), device=self.device)
+            rows = rows * (finite | (rows < lanes))
+            ids, features = ids[rows], [z[rows] for z in features]
         self._recent = (ids, features)
         return ids, features
 
@@ -314,6 +326,14 @@ class DistillationTrainer:
     def _precision(self) -> Iterator[None]:
         enabled = self.config.student.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            yield
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Dropout and stochastic depth draw from (seed, step), not from the caller's generator."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derive_seed(self.seed, "step", self.steps))
             yield
 
     def _on_student_grid(self, teacher: list[Tensor], maps: Tensor) -> list[Tensor]:
@@ -332,7 +352,7 @@ class DistillationTrainer:
         losses = [self.loss(p(features), z) for p, z in zip(projections, teacher, strict=True)]
         return torch.stack(losses).mean(0)
 
-    def _update(self, total: Tensor) -> None:
+    def _update(self, total: Tensor, statistics: list[Tensor]) -> None:
         """Backward, clip and optimizer step; skipped on the device where anything is not finite."""
         settings = self.config.optimizer
         self.optimizer.zero_grad(set_to_none=True)
@@ -355,13 +375,18 @@ class DistillationTrainer:
         self.optimizer.step()
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         self.bad_steps = self.bad_steps + bad
+        # The forward has already moved the running statistics of batch norms.
+        restore_buffers(self.student, statistics, bad)
         if self.average is not None:
-            self._update_average(self.average)
+            self._update_average(self.average, bad)
 
     @torch.no_grad()
-    def _update_average(self, average: Student) -> None:
-        weight = 1.0 - self.config.student.ema
-        torch._foreach_lerp_(list(average.parameters()), list(self.student.parameters()), weight)
+    def _update_average(self, average: Student, bad: Tensor) -> None:
+        weight = (1.0 - self.config.student.ema) * ~bad
+        parameters: list[Tensor] = list(average.parameters())
+        moves = list(torch._foreach_sub(list(self.student.parameters()), parameters))
+        torch._foreach_mul_(moves, weight)
+        torch._foreach_add_(parameters, moves)
         for mine, new in zip(average.buffers(), self.student.buffers(), strict=True):
             mine.copy_(new)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,18 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("REPFUSION_DATA names no folder of image banks")
     return Path(folder)
+
+
+@pytest.fixture
+def learned() -> Callable[[Any], list[torch.Tensor]]:
+    """Copies of all that a trainer learns: student, average, optimizer moments, buffers."""
+
+    def copies(trainer: Any) -> list[torch.Tensor]:
+        found = list(trainer.student.state_dict().values())
+        if trainer.average is not None:
+            found += trainer.average.state_dict().values()
+        for moments in trainer.optimizer.state_dict()["state"].values():
+            found += [value for value in moments.values() if isinstance(value, torch.Tensor)]
+        return [value.detach().clone() for value in found]
+
+    return copies

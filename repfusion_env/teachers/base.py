@@ -101,10 +101,10 @@ def unknown_layers(layers: Sequence[str], available: Iterable[str]) -> list[str]
             continue
         close = difflib.get_close_matches(layer, available, n=3, cutoff=0.6)
         inside = [name for name in available if name.startswith(f"{layer}.")]
-        if close:
-            hint = f"did you mean {' or '.join(map(repr, close))}?"
-        elif inside:
+        if inside:
             hint = f"inside it there are {', '.join(map(repr, inside[:3]))}, ..."
+        elif close:
+            hint = f"did you mean {' or '.join(map(repr, close))}?"
         else:
             hint = f"allowed are {', '.join(map(repr, available[:3]))}, ..."
         sentences.append(f"the teacher has no layer '{layer}' with an output (N, F, h, w); {hint}")

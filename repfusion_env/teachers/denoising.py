@@ -95,7 +95,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
     So a resumed run draws what the uninterrupted one would have drawn, and nothing of a generator
     has to be kept.
     """
-    return torch.Generator(device).manual_seed((seed << 32) + step)
+    return torch.Generator(device).manual_seed(((seed << 32) + step) % 2**63)
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -101,7 +102,7 @@ def model_card(
     machine = (
         torch.cuda.get_device_name(record.device)
         if record.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     )
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     table = "\n".join(f"| {t} | {loss:.4f} |" for t, loss in record.heldout_losses.items())

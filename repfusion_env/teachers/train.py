@@ -92,12 +92,13 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 2 for a wrong use and 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = vars(parser(__doc__).parse_args(words))
+    arguments = vars(parser().parse_args(words))
     # A resumed run ends as the uninterrupted one, so the card tells the command without it.
     words = [word for word in words if word != "--resume"]
     command = shlex.join(["python", "-m", "repfusion_env.teachers.train", *words])
     try:
-        return run(arguments, command, Console())
+        # Lines are never broken at 80 columns: logs are searched and commands are copied.
+        return run(arguments, command, Console(soft_wrap=True))
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -140,8 +141,7 @@ def run(arguments: dict[str, Any], command: str, console: Console) -> int:
             if interrupted():
                 save()
                 console.print(
-                    f"\nstopped at step {training.step:,}; go on with:\n  {command} --resume",
-                    soft_wrap=True,
+                    f"\nstopped at step {training.step:,}; go on with:\n  {command} --resume"
                 )
                 return 130
             if _due(training.step, arguments["checkpoint_every"], arguments["steps"]):
@@ -177,7 +177,7 @@ def run(arguments: dict[str, Any], command: str, console: Console) -> int:
         f"{training.seconds:.0f} s of training, loss {record.loss:.4f}, held-out loss by timestep: "
         + ", ".join(f"t={t} {loss:.4f}" for t, loss in measured.items())
     )
-    console.print(f"wrote '{out}'; use it with --teacher.model {out}", soft_wrap=True)
+    console.print(f"wrote '{out}'; use it with --teacher.model {out}")
     return 0
 
 

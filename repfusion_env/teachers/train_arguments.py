@@ -4,75 +4,111 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from collections.abc import Callable
 
 from repfusion_env.registry import DATASETS
 
+DESCRIPTION = """\
+Train a small DDPM on any image bank, as a teacher. It predicts the noise with DDPM's linear
+schedule, keeps an average of the weights, and leaves a folder in diffusers' layout that
+teacher.model takes. A stopped or killed run goes on exactly with --resume.
+"""
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The command line."""
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; option names become the keys of ``vars(parser().parse_args())``."""
     made = argparse.ArgumentParser(
         prog="python -m repfusion_env.teachers.train",
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --out FOLDER [options]",
+        description=DESCRIPTION,
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
+            prog, max_help_position=34, width=100
+        ),
     )
-
-    def at_least(low: float, kind: type = int, below: float = float("inf")) -> Any:
-        limit = f" and below {below}" if below < float("inf") else ""
-
-        def number(text: str) -> float:
-            value = kind(text)
-            if not low <= value < below:
-                raise argparse.ArgumentTypeError(f"{text} given; it must be {low} or more{limit}")
-            return value
-
-        return number
-
-    def device(text: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-            raise argparse.ArgumentTypeError(
-                f"'{text}' given; allowed: auto, cpu, cuda, cuda:<index>"
-            )
-        return text
+    count, index = _number(int, 1), _number(int, 0)
+    rate, decay = _number(float, 0), _number(float, 0, below=1)
 
     data = made.add_argument_group("data")
-    data.add_argument("--data.name", default="digits", help=f"one of {', '.join(DATASETS)}")
-    data.add_argument("--data.path", help="folder or .npz bank of the data set")
-    data.add_argument("--data.image_size", type=at_least(1), help="resize to this side in pixels")
-    data.add_argument("--data.train_limit", type=at_least(1), help="use only the first so many")
-    data.add_argument("--data.heldout_limit", type=at_least(1), help="use only the first so many")
-    data.add_argument("--data.download", action="store_true", help="let torchvision download")
-    data.add_argument("--flip", action="store_true", help="mirror half of the images")
+    option = data.add_argument
+    option("--data.name", default="digits", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    option("--data.path", metavar="PATH", help="folder or .npz bank of the data set")
+    option("--data.image_size", type=count, metavar="N", help="resize to this side in pixels")
+    option("--data.train_limit", type=count, metavar="N", help="training images used at most")
+    option("--data.heldout_limit", type=count, metavar="N", help="held-out images used at most")
+    option("--data.download", action="store_true", help="let torchvision download CIFAR-10")
+    option("--flip", action="store_true", help="mirror half of the images")
 
-    network = made.add_argument_group("network")
-    network.add_argument(
-        "--widths", type=at_least(1), nargs="+", default=[32, 64, 64], help="channels by level"
+    option = made.add_argument_group("network").add_argument
+    option(
+        "--widths",
+        type=count,
+        nargs="+",
+        default=[32, 64, 64],
+        metavar="N",
+        help="channels by level, the finest first; each level halves the side",
     )
-    network.add_argument("--layers-per-block", type=at_least(1), default=1, help="per level")
-    network.add_argument(
-        "--attention-levels", type=at_least(0), nargs="*", default=[2], help="0 is the finest"
+    option("--layers-per-block", type=count, default=1, metavar="N", help="per level")
+    option(
+        "--attention-levels",
+        type=index,
+        nargs="*",
+        default=[2],
+        metavar="N",
+        help="levels with self-attention; 0 is the finest",
     )
-    network.add_argument("--norm-groups", type=at_least(1), default=8, help="of the group norm")
-    network.add_argument("--attention-head-dim", type=at_least(1), help="none: one head")
-    network.add_argument("--timesteps", type=at_least(1), default=1000, help="of the scheduler")
+    option("--norm-groups", type=count, default=8, metavar="N", help="of the group norm")
+    option(
+        "--attention-head-dim", type=count, metavar="N", help="channels per head; None: one head"
+    )
+    option("--timesteps", type=count, default=1000, metavar="N", help="of the noise scheduler")
 
-    training = made.add_argument_group("training")
-    training.add_argument("--steps", type=at_least(1), default=8000, help="optimizer steps")
-    training.add_argument("--batch-size", type=at_least(1), default=64, help="images per step")
-    training.add_argument("--learning-rate", type=at_least(0, float), default=2e-3, help="peak")
-    training.add_argument("--warmup", type=at_least(0), default=200, help="steps to the peak")
-    training.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="AdamW's")
-    training.add_argument("--ema", type=at_least(0, float, 1), default=0.999, help="decay")
-    training.add_argument("--seed", type=at_least(0), default=0, help="of weights, order, noise")
-    training.add_argument(
-        "--device", type=device, default="auto", help="auto, cpu, cuda, cuda:<index>"
+    option = made.add_argument_group("training").add_argument
+    option("--steps", type=count, default=6000, metavar="N", help="optimizer steps")
+    option("--batch-size", type=count, default=64, metavar="N", help="images per step")
+    option("--learning-rate", type=rate, default=2e-3, metavar="X", help="peak; cosine after it")
+    option("--warmup", type=index, default=200, metavar="N", help="steps up to the peak")
+    option("--weight-decay", type=rate, default=1e-4, metavar="X", help="of AdamW")
+    option("--ema", type=decay, default=0.999, metavar="X", help="decay of the averaged weights")
+    option("--seed", type=index, default=0, metavar="N", help="of weights, image order and noise")
+    option(
+        "--device", type=_device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:INDEX"
     )
 
-    files = made.add_argument_group("files")
-    files.add_argument("--out", required=True, help="folder to write")
-    files.add_argument("--dtype", choices=("fp16", "fp32"), default="fp32", help="saved weights")
-    files.add_argument("--checkpoint-every", type=at_least(0), default=500, help="steps; 0: at end")
-    files.add_argument("--keep-checkpoints", type=at_least(1), default=2, help="newest kept")
-    files.add_argument("--sample-every", type=at_least(0), default=1000, help="steps; 0: at end")
-    files.add_argument("--resume", action="store_true", help="go on where --out stopped")
+    option = made.add_argument_group("files").add_argument
+    option("--out", required=True, metavar="FOLDER", help="folder to write")
+    option("--dtype", choices=("fp16", "fp32"), default="fp32", help="of the saved weights")
+    option("--checkpoint-every", type=index, default=500, metavar="N", help="steps; 0: at the end")
+    option("--keep-checkpoints", type=count, default=2, metavar="N", help="newest checkpoints kept")
+    option(
+        "--sample-every",
+        type=index,
+        default=1000,
+        metavar="N",
+        help="steps between sample grids and held-out losses; 0: at the end",
+    )
+    option("--resume", action="store_true", help="go on where the run in --out stopped")
     return made
+
+
+def _number(
+    kind: Callable[[str], float], low: float, below: float = float("inf")
+) -> Callable[[str], float]:
+    limit = f" and below {below}" if below < float("inf") else ""
+    wanted = "a whole number" if kind is int else "a number"
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' given; it must be {wanted}") from None
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} given; it must be {low} or more{limit}")
+        return value
+
+    return number
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' given; allowed: auto, cpu, cuda, cuda:<index>")
+    return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -242,7 +243,8 @@ def load_weights(files: ModelFiles) -> UNet2DModel:
     assert files.weights is not None
     try:
         # Building the network draws initial weights; the caller's random numbers stay untouched.
-        with _quiet_diffusers(), torch.random.fork_rng(devices=[]):
+        with _quiet_diffusers(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
             unet, info = UNet2DModel.from_pretrained(
                 str(files.unet_folder),
                 use_safetensors=files.weights.suffix == ".safetensors",

@@ -1,0 +1,1 @@
+"""Measurements that back the project's claims; each module is a command, see its docstring."""
