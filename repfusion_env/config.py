@@ -74,8 +74,11 @@ class TeacherConfig:
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the teacher's forward")
     channels_last: StrictBool = option(False, "memory layout of the teacher's convolutions")
+    standardize: Literal["grid", "timestep"] = option(
+        "timestep", "a mean and deviation per channel for each timestep, or one over the whole grid"
+    )
     standardize_images: Count = option(
-        1024, "images from which the feature's mean and deviation per channel are measured"
+        128, "images (at each timestep) from which mean and deviation are measured"
     )
 
 
@@ -336,6 +339,11 @@ def conflicts(config: ExperimentConfig) -> list[str]:
         found.append(
             f"env.group_size: {config.env.num_envs} lanes cannot be divided into groups of "
             f"{config.env.group_size}"
+        )
+    if config.env.num_envs == 1 and config.optimizer.batch_size == 1:
+        found.append(
+            "optimizer.batch_size: one lane and a batch of 1 leave a single sample, which has no "
+            "batch statistics to learn from; give 2 or more"
         )
     if config.reinforce.baseline == "group" and config.env.group_size < 2:
         found.append(

@@ -52,8 +52,10 @@ def chunks(ids: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
 class TeacherFeatures:
     """Standardised teacher features of (image, timestep) pairs.
 
-    Features are standardised per channel with the mean and deviation over ``standardize_images``
-    images spread over the grid, so that a loss weighs channels and layers alike.
+    Features are standardised per channel, so that a loss weighs channels and layers alike, and by
+    default at each timestep for itself. With one mean over the whole grid a feature tells its
+    timestep, whatever the image: a policy that recognises the image can then choose the timestep as
+    a code word for the label, and be rewarded for it (measured in ``docs/environment.md``).
 
     Args:
         teacher: The frozen teacher.
@@ -69,6 +71,10 @@ class TeacherFeatures:
         self.noised = config.teacher.input == "noised"
         self.fixed_noise = config.teacher.noise == "fixed"
         self.dense = config.distillation.dense
+        self.per_timestep = config.teacher.standardize == "timestep"
+        # From a timestep to its row of the statistics.
+        self._row = torch.zeros(teacher.num_timesteps, dtype=torch.int64, device=grid.tensor.device)
+        self._row[grid.tensor] = torch.arange(len(grid), device=grid.tensor.device)
         self._statistics: list[tuple[Tensor, Tensor]] = []
         self._statistics = self._measure(grid, bank, config.teacher.standardize_images)
 
@@ -107,38 +113,49 @@ class TeacherFeatures:
             features = [feature.mean((2, 3)) for feature in features]
         if not self._statistics:
             return features
+        rows = self._row[timesteps] if self.per_timestep else torch.zeros_like(timesteps)
+        shape = (len(ids), -1, 1, 1) if self.dense else (len(ids), -1)
         return [
-            (feature - mean) / deviation
+            (feature - mean[rows].view(shape)) / deviation[rows].view(shape)
             for feature, (mean, deviation) in zip(features, self._statistics, strict=True)
         ]
 
     def _measure(
         self, grid: TimestepGrid, bank: ImageBank, count: int
     ) -> list[tuple[Tensor, Tensor]]:
+        """Mean and deviation of each layer, (1, F) over the grid or (K, F) for each timestep."""
         generator = torch.Generator().manual_seed(derive_seed(0, "standardize"))
         ids = torch.randperm(len(bank), generator=generator)[:count].to(grid.tensor.device)
-        timesteps = grid.tensor.repeat(len(ids) // len(grid) + 1)[: len(ids)]
+        if self.per_timestep:
+            pairs = [(ids, torch.full_like(ids, timestep)) for timestep in grid.timesteps]
+        else:
+            pairs = [(ids, grid.tensor.repeat(len(ids) // len(grid) + 1)[: len(ids)])]
+        rows = [self._moments(bank, ids, timesteps) for ids, timesteps in pairs]
+        statistics = []
+        for layer in range(len(rows[0])):
+            count_, total, squares = torch.stack([row[layer] for row in rows], dim=1)  # (K, F) each
+            mean = total / count_
+            deviation = (squares / count_ - mean.square()).clamp_min(0).sqrt()
+            # A channel that never varies must not be blown up to unit variance.
+            deviation = deviation.clamp_min(1e-6 + 1e-3 * float(deviation.mean()))
+            statistics.append((mean.float(), deviation.float()))
+        return statistics
+
+    def _moments(self, bank: ImageBank, ids: Tensor, timesteps: Tensor) -> list[Tensor]:
+        """Count, sum and sum of squares per channel of each layer, (3, F) float64."""
         seed = derive_seed(0, "standardize noise")
         sums: list[Tensor] = []
         for part in chunks(torch.arange(len(ids), device=ids.device)):
             visits = torch.zeros_like(part)
             for index, feature in enumerate(self(bank, ids[part], timesteps[part], visits, seed)):
                 values = feature.double().transpose(0, 1).flatten(1)  # (F, n)
-                count_here = torch.full_like(values[:, 0], values.shape[1])
-                moments = torch.stack((count_here, values.sum(1), values.square().sum(1)))
+                count = torch.full_like(values[:, 0], values.shape[1])
+                moments = torch.stack((count, values.sum(1), values.square().sum(1)))
                 if index == len(sums):
                     sums.append(moments)
                 else:
                     sums[index] = sums[index] + moments
-        statistics = []
-        for moments in sums:
-            mean = moments[1] / moments[0]
-            deviation = (moments[2] / moments[0] - mean.square()).clamp_min(0).sqrt()
-            # A channel that never varies must not be blown up to unit variance.
-            deviation = deviation.clamp_min(1e-6 + 1e-3 * float(deviation.mean()))
-            shape = (1, -1, 1, 1) if self.dense else (1, -1)
-            statistics.append((mean.float().view(shape), deviation.float().view(shape)))
-        return statistics
+        return sums
 
 
 @dataclass(frozen=True)
