@@ -28,11 +28,16 @@ class Evaluation:
         rewards: (M, K) float64, with the same noise for every policy.
         actions: (M,) the policy's deterministic choices.
         grid: The K timesteps.
+        kind: The reward's name. A reward that looks back on an update has nothing to measure where
+            nothing is trained; ``student_lookahead`` judges in its place.
+        valid: (K,) bool, the timesteps that action masks leave open.
     """
 
     rewards: np.ndarray
     actions: np.ndarray
     grid: tuple[int, ...]
+    kind: str
+    valid: np.ndarray
 
     @property
     def learned(self) -> float:
@@ -41,8 +46,8 @@ class Evaluation:
 
     @property
     def random(self) -> float:
-        """Mean reward of uniformly random choices, exactly."""
-        return float(self.rewards.mean())
+        """Mean reward of uniformly random choices among the open timesteps, exactly."""
+        return float(self.rewards[:, self.valid].mean())
 
     @property
     def by_timestep(self) -> np.ndarray:
@@ -52,7 +57,7 @@ class Evaluation:
     @property
     def best_per_image(self) -> float:
         """Mean of each image's best reward: what no policy can exceed."""
-        return float(self.rewards.max(axis=1).mean())
+        return float(self.rewards[:, self.valid].max(axis=1).mean())
 
     @property
     def counts(self) -> np.ndarray:
@@ -88,7 +93,13 @@ def evaluate(env: RepFusionVectorEnv, choose: Chooser, limit: int | None = None)
     ids = torch.arange(images, device=env.device)
     actions = torch.cat([choose(env.observer(bank, part)) for part in chunks(ids)])
     rewards = reward_table(env.trainer, bank, images)
-    return Evaluation(rewards, actions.cpu().numpy(), env.grid.timesteps)
+    return Evaluation(
+        rewards,
+        actions.cpu().numpy(),
+        env.grid.timesteps,
+        env.trainer.heldout_reward,
+        env.action_masks()[0],
+    )
 
 
 def linear_probe_accuracy(trainer: DistillationTrainer, train_images: int) -> float:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from repfusion_env.config import ReinforceConfig
 
 CONVOLUTION_WIDTH = 64
+# Not minus infinity: the entropy multiplies it by a probability of 0.
+CLOSED_LOGIT = -1e9
 
 
 def make_network(
@@ -71,17 +73,27 @@ class CategoricalPolicy(nn.Module):
         observation_shape: (D,) or (C, H, W).
         choices: K.
         config: Network settings.
+        valid: (K,) bool, the choices that are open; default: all.
     """
 
+    closed: Tensor
+
     def __init__(
-        self, observation_shape: tuple[int, ...], choices: int, config: ReinforceConfig
+        self,
+        observation_shape: tuple[int, ...],
+        choices: int,
+        config: ReinforceConfig,
+        valid: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = make_network(observation_shape, choices, config)
+        closed = torch.zeros(choices, dtype=torch.bool) if valid is None else ~valid
+        self.register_buffer("closed", closed, persistent=False)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Log-probabilities (N, K)."""
-        return torch.log_softmax(self.network(observations), dim=-1)
+        """Log-probabilities (N, K); those of closed choices are finite, and exactly 0 as exp."""
+        logits = self.network(observations).masked_fill(self.closed, CLOSED_LOGIT)
+        return torch.log_softmax(logits, dim=-1)
 
     @torch.no_grad()
     def sample(self, observations: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,13 +10,13 @@ import numpy as np
 from agents.evaluation import Evaluation, linear_probe_accuracy
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.figures import reward_by_timestep_figure, save_figure, summary_figure
-from repfusion_env.runs import Run
+from repfusion_env.runs import Run, writing
 
 
 def report(
     run: Run, env: RepFusionVectorEnv, found: Evaluation, *, decisions: int, seconds: float
 ) -> dict[str, Any]:
-    """Write summary and figure into the run folder, log the figure, and print the table.
+    """Log the evaluation, write figure and summary into the run folder, and print the table.
 
     Args:
         run: The finished run.
@@ -34,6 +34,7 @@ def report(
     summary: dict[str, Any] = {
         "agent": run.agent,
         "reward": {
+            "kind": found.kind,
             "learned": found.learned,
             "random": found.random,
             "fixed": fixed,
@@ -46,14 +47,26 @@ def report(
         "decisions_per_second": decisions / seconds,
         "seconds": seconds,
     }
-    run.write_summary(summary)
     _draw(run, env, found, decisions)
+    run.write_summary(summary)
     _print(run, found, summary)
     return summary
 
 
+def log_evaluation(run: Run, step: int, decisions: int, found: Evaluation) -> None:
+    """Log what a policy is worth on held-out images, once for each step."""
+    tags = {"evaluation/learned_reward": found.learned, "evaluation/random_reward": found.random}
+    metrics = run.metrics()
+    logged = metrics.get("evaluation/learned_reward")
+    if logged is not None and np.isfinite(logged[metrics["step"] == step]).any():
+        return  # by an earlier process, or on the way at this very step
+    figure = reward_by_timestep_figure(found.grid, found.by_timestep, found.counts)
+    run.log(step, decisions, tags, figures={"evaluation/reward_by_timestep": figure})
+
+
 def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) -> None:
     metrics = run.metrics()
+    log_evaluation(run, int(metrics["step"][-1]), decisions, found)
     figure = summary_figure(
         decisions=metrics["decisions"],
         reward=metrics["reward/mean"],
@@ -66,15 +79,8 @@ def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) 
         random_reward=found.random,
         title=f"{run.folder.name}: {decisions:,} decisions",
     )
-    save_figure(figure, run.figure_path)
-    by_timestep = reward_by_timestep_figure(found.grid, found.by_timestep, found.counts)
-    step = int(metrics["step"][-1])
-    run.log(
-        step,
-        decisions,
-        {"evaluation/learned_reward": found.learned, "evaluation/random_reward": found.random},
-        figures={"evaluation/reward_by_timestep": by_timestep},
-    )
+    with writing(run.folder):
+        save_figure(figure, run.figure_path)
 
 
 def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
@@ -85,7 +91,7 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(found.actions)} held-out images, same noise")
     table.add_column("policy")
-    table.add_column("mean reward", justify="right")
+    table.add_column(f"mean {found.kind}", justify="right")
     table.add_column("timestep", justify="right")
     table.add_row(
         f"learned ({run.agent})",
@@ -95,11 +101,13 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
     table.add_row("random", f"{found.random:.4f}", "any")
     best = int(found.by_timestep.argmax())
     for index, (timestep, reward) in enumerate(zip(found.grid, found.by_timestep, strict=True)):
-        mark = "  best fixed" if index == best else ""
-        table.add_row(f"fixed{mark}", f"{reward:.4f}", str(timestep))
+        name = "fixed (best)" if index == best else "fixed"
+        table.add_row(name, f"{reward:.4f}", str(timestep))
     console.print(table)
     script = "train_reinforce" if run.agent == "reinforce" else "train_sb3"
     again = f"python -m agents.{script} --config {shlex.quote(str(run.folder / 'config.yaml'))}"
+    if run.config.run.name is not None:
+        again += " --run.name null"  # that name is taken
     lines = {
         "student": f"linear probe accuracy {summary['student']['linear_probe_accuracy']:.1%}",
         "speed": f"{summary['decisions_per_second']:,.0f} decisions/s, {summary['seconds']:.0f} s",

@@ -1,16 +1,19 @@
 """Which Stable-Baselines3 algorithms there are, what they act on, and settings that fit here.
 
-This module imports neither SB3 nor torch, so that a wrong pairing is refused at once.
+This module imports neither SB3 nor torch, so that a wrong pairing is refused at once; only
+:func:`check_arguments` loads the algorithm.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from repfusion_env.config import ExperimentConfig
+from repfusion_env.config_loading import ConfigError
 from repfusion_env.registry import did_you_mean
 
 
@@ -35,6 +38,16 @@ class Algorithm:
         module, _, name = self.path.partition(":")
         return getattr(importlib.import_module(module), name)
 
+
+# Arguments of every algorithm that the run's other options decide.
+_OURS = {
+    "policy": "sb3.policy",
+    "env": "the env section",
+    "seed": "seed",
+    "device": "sb3.device",
+    "tensorboard_log": "run.folder",
+    "_init_setup_model": "the run itself",
+}
 
 _BOTH, _DISCRETE, _CONTINUOUS = ("discrete", "continuous"), ("discrete",), ("continuous",)
 # SB3's defaults collect 2,048 steps of every lane before they learn; here a step is 64 decisions.
@@ -65,24 +78,49 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def check_pairing(config: ExperimentConfig) -> Algorithm:
-    """The configured algorithm.
-
-    Raises:
-        ValueError: There is no such algorithm, or it cannot act in the configured action space.
-    """
+def conflicts(config: ExperimentConfig) -> list[str]:
+    """What the configured algorithm cannot do, one sentence each."""
     name = config.sb3.algo
     algorithm = ALGORITHMS.get(name)
     if algorithm is None:
-        raise ValueError(
+        return [
             f"sb3.algo: unknown algorithm '{name}'.{did_you_mean(name, ALGORITHMS)} "
             f"Allowed: {', '.join(ALGORITHMS)}"
-        )
+        ]
+    found = []
     if config.env.action not in algorithm.actions:
         fitting = [key for key, item in ALGORITHMS.items() if config.env.action in item.actions]
-        raise ValueError(
+        found.append(
             f"sb3.algo: {name} acts on {algorithm.actions[0]} actions alone, but env.action is "
             f"'{config.env.action}'; add --env.action {algorithm.actions[0]}, or choose one of "
             f"{', '.join(fitting)}"
         )
+    if config.timesteps.min_snr > 0 and name != "maskable_ppo":
+        found.append(
+            f"timesteps.min_snr: {name} takes no action masks; maskable_ppo and train_reinforce do"
+        )
+    return found
+
+
+def check_arguments(config: ExperimentConfig) -> Algorithm:
+    """The configured algorithm, after a look at ``sb3.arguments``; loads SB3.
+
+    Raises:
+        ConfigError: The algorithm cannot be used here, or has no such arguments.
+    """
+    problems = conflicts(config)
+    if problems:
+        raise ConfigError(problems)
+    algorithm = ALGORITHMS[config.sb3.algo]
+    allowed = [name for name in inspect.signature(algorithm.load()).parameters if name not in _OURS]
+    for name in config.sb3.arguments:
+        if name in _OURS:
+            problems.append(f"sb3.arguments: '{name}' is set by {_OURS[name]}")
+        elif name not in allowed:
+            problems.append(
+                f"sb3.arguments: {config.sb3.algo} has no '{name}'.{did_you_mean(name, allowed)} "
+                f"Allowed: {', '.join(allowed)}"
+            )
+    if problems:
+        raise ConfigError(problems)
     return algorithm

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +19,12 @@ from torch import nn
 
 from agents.command_line import INTERRUPTED, Command
 from agents.evaluation import Chooser, evaluate
-from agents.reporting import report
-from repfusion_env.checkpoint import CheckpointError
+from agents.reporting import log_evaluation, report
+from repfusion_env.checkpoint import CheckpointError, CheckpointWarning
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.progress import Progress
-from repfusion_env.runs import Run, RunError
+from repfusion_env.runs import Run, RunError, writing
 from repfusion_env.trainer import NonFiniteError
 from repfusion_env.weights import save_weights
 
@@ -56,8 +57,7 @@ class Session:
         self._spent_before = float(restored[1]["seconds"]) if restored else 0.0
         self._started = time.monotonic()
         self._logged_at = (self._started, restored[0] if restored else 0)
-        if restored is not None:
-            run.rewind(restored[0])
+        run.rewind(restored[0] if restored else 0)
 
     @property
     def seconds(self) -> float:
@@ -111,18 +111,11 @@ class Session:
 
     def evaluate(self, step: int, choose: Chooser) -> None:
         """Judge the policy on held-out images on the way and log the outcome."""
-        from repfusion_env.figures import reward_by_timestep_figure
-
-        found = evaluate(self.env, choose, self.config.evaluation.images)
-        self.run.log(
+        log_evaluation(
+            self.run,
             step,
             self.decisions(step),
-            {"evaluation/learned_reward": found.learned, "evaluation/random_reward": found.random},
-            figures={
-                "evaluation/reward_by_timestep": reward_by_timestep_figure(
-                    found.grid, found.by_timestep, found.counts
-                )
-            },
+            evaluate(self.env, choose, self.config.evaluation.images),
         )
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -136,61 +129,85 @@ class Session:
             raise Interrupted
 
     def finish(self, step: int, choose: Chooser, policy: nn.Module) -> None:
-        """Evaluate, write weights, summary and figure, and print the table."""
+        """Evaluate, write weights, figure and summary, and print the table.
+
+        The summary is written last: where there is one, the run is complete.
+        """
         seconds = self.seconds
         print("evaluating on held-out images ...", file=sys.stderr)
         found = evaluate(self.env, choose, self.config.evaluation.images)
-        save_weights(self.env.trainer.evaluation_student, self.run.folder / "student.safetensors")
-        save_weights(policy, self.run.folder / "policy.safetensors")
+        student, folder = self.env.trainer.evaluation_student, self.run.folder
+        with writing(folder):
+            save_weights(student, folder / "student.safetensors")
+            save_weights(policy, folder / "policy.safetensors")
         report(self.run, self.env, found, decisions=self.decisions(step), seconds=seconds)
 
 
 def run_session(command: Command, *, agent: str, train: Callable[[Session], None]) -> int:
-    """Open or make the run folder, train in it, and turn what can happen into exit codes."""
-    run: Run | None = None
-    restored: tuple[int, dict[str, Any]] | None = None
-    if command.resume is not None:
-        run = Run.resume(command.resume)
-        family = run.agent.partition("-")[0]
-        if family != agent.partition("-")[0]:
-            run.close()
-            script = "train_reinforce" if family == "reinforce" else "train_sb3"
-            raise ValueError(
-                f"--resume: '{command.resume}' was trained by {run.agent}; use {script} to go on"
-            )
-        restored = run.load_checkpoint()
-        if restored is None:
-            print("no checkpoint yet: starting from the beginning", file=sys.stderr)
-            run.rewind(0)
-        config = run.config
-    else:
-        assert command.config is not None
-        config = command.config
-    try:
-        # Everything is loaded and checked first: what is refused leaves no empty run folder.
-        env = RepFusionVectorEnv(config=config)
-        if run is None:
-            run = Run.create(config, agent=agent, label=command.label)
-        train(Session(run, env, restored))
-    except Interrupted:
-        print(_how_to_resume(run, agent), file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint stands", file=sys.stderr)
-        print(_how_to_resume(run, agent), file=sys.stderr)
-        return INTERRUPTED
-    except (NonFiniteError, CheckpointError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(_how_to_resume(run, agent), file=sys.stderr)
-        return FAILED
-    finally:
-        if run is not None:
-            run.close()
+    """Open or make the run folder, train in it, and turn what can happen into exit codes.
+
+    Args:
+        command: What was asked for.
+        agent: Name of the agent; of a resumed run only the family before ``-`` must be the same.
+        train: The agent's training loop.
+
+    Raises:
+        ValueError: Something does not fit, said before training begins.
+    """
+    session = _open(command, agent)
+    if session is None:
+        return 0
+    with session.run as run:
+        go_on = f"go on with: {_command(run.agent)} --resume {shlex.quote(str(run.folder))}"
+        try:
+            train(session)
+        except Interrupted:
+            print(go_on, file=sys.stderr)
+            return INTERRUPTED
+        except KeyboardInterrupt:
+            print(f"stopped at once; the last checkpoint stands; {go_on}", file=sys.stderr)
+            return INTERRUPTED
+        except (NonFiniteError, CheckpointError, RunError) as error:
+            print(f"error: {error}", go_on, sep="\n", file=sys.stderr)
+            return FAILED
     return 0
 
 
-def _how_to_resume(run: Run | None, agent: str) -> str:
-    script = "train_reinforce" if agent == "reinforce" else "train_sb3"
-    if run is None:
-        return "nothing was started yet"
-    return f"go on with: python -m agents.{script} --resume {shlex.quote(str(run.folder))}"
+def _open(command: Command, agent: str) -> Session | None:
+    """A new session or one that goes on; None where the run is complete."""
+    if command.resume is None:
+        assert command.config is not None
+        # Everything is loaded and checked first: what is refused leaves no empty run folder.
+        env = RepFusionVectorEnv(config=command.config)
+        return Session(Run.create(command.config, agent=agent, label=command.label), env, None)
+    run = Run.resume(command.resume)
+    try:
+        if run.agent.partition("-")[0] != agent.partition("-")[0]:
+            raise ValueError(
+                f"--resume: '{run.folder}' was trained by {run.agent}; "
+                f"use {_command(run.agent)} to go on"
+            )
+        if run.summary_path.is_file():
+            print(f"the run is complete; see {run.summary_path}", file=sys.stderr)
+            run.close()
+            return None
+        restored = _last_checkpoint(run)
+        return Session(run, RepFusionVectorEnv(config=run.config), restored)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _last_checkpoint(run: Run) -> tuple[int, dict[str, Any]] | None:
+    with warnings.catch_warnings(record=True) as passed_over:
+        warnings.simplefilter("always", CheckpointWarning)
+        restored = run.load_checkpoint()
+    for warning in passed_over:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if restored is None:
+        print("no checkpoint yet: starting from the beginning", file=sys.stderr)
+    return restored
+
+
+def _command(agent: str) -> str:
+    return f"python -m agents.{'train_reinforce' if agent == 'reinforce' else 'train_sb3'}"

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from agents.command_line import guarded, parse
+from repfusion_env.config_loading import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from agents.session import Session
-    from repfusion_env.config import ReinforceConfig
+    from repfusion_env.config import ExperimentConfig, ReinforceConfig
     from repfusion_env.envs import RepFusionVectorEnv
 
 PROG = "train_reinforce"
@@ -32,6 +33,29 @@ DESCRIPTION = (
     "is distilled. Without arguments: handwritten digits with the shipped teacher, about a minute "
     "on a CPU."
 )
+
+
+def conflicts(config: ExperimentConfig) -> list[str]:
+    """What REINFORCE cannot do, one sentence each."""
+    found = []
+    if config.env.action != "discrete":
+        found.append(
+            "env.action: REINFORCE chooses grid indices, so it needs 'discrete'; for "
+            "'continuous' use train_sb3 --algo sac, td3 or tqc"
+        )
+    if config.reinforce.baseline == "batch" and config.env.num_envs == 1:
+        found.append(
+            "reinforce.baseline: 'batch' compares the lanes of a step, so env.num_envs must be 2 "
+            "or more; with one lane use 'value' or 'none'"
+        )
+    source = config.observation.source
+    embeds = source in ("teacher", "student") or "/" in source
+    if config.reinforce.network == "cnn" and embeds:
+        found.append(
+            "reinforce.network: 'cnn' needs images, so observation.source must be 'pixels'; "
+            "allowed on embeddings: auto, mlp"
+        )
+    return found
 
 
 class Reinforce:
@@ -48,17 +72,15 @@ class Reinforce:
         from agents.policies import CategoricalPolicy, make_network
         from repfusion_env.noise import derive_seed
 
+        if problems := conflicts(env.config):
+            raise ConfigError(problems)
         self.config: ReinforceConfig = env.config.reinforce
-        if env.config.env.action != "discrete":
-            raise ValueError(
-                "env.action: REINFORCE chooses grid indices, so it needs 'discrete'; for "
-                "'continuous' use train_sb3 --algo sac, td3 or tqc"
-            )
         shape = env.single_observation_space.shape
         assert shape is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "policy"))
-            self.policy = CategoricalPolicy(shape, len(env.grid), self.config).to(env.device)
+            valid = torch.from_numpy(env.action_masks()[0])
+            self.policy = CategoricalPolicy(shape, len(valid), self.config, valid).to(env.device)
             self.value = (
                 make_network(shape, 1, self.config).to(env.device)
                 if self.config.baseline == "value"
@@ -151,7 +173,7 @@ class Reinforce:
 
 
 def train(session: Session) -> None:
-    """Train from where the session stands to the end of its decisions."""
+    """Train from where the session stands to the end of its decisions, in whole episodes."""
     import torch
 
     env, config = session.env, session.config
@@ -194,9 +216,12 @@ def train(session: Session) -> None:
                 )
             if config.evaluation.every and session.due(step, length, config.evaluation.every):
                 session.evaluate(step, agent.policy.greedy)
-            if session.due(step, length, config.run.checkpoint_every) or session.interrupted:
+            if (
+                session.due(step, length, config.run.checkpoint_every)
+                or session.interrupted
+                or step >= config.total_steps
+            ):
                 session.save(step, {"env": env.state_dict(), "agent": agent.state_dict()})
-        session.save(step, {"env": env.state_dict(), "agent": agent.state_dict()})
     session.finish(step, agent.policy.greedy, agent.policy)
 
 
@@ -204,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def run() -> int:
-        command = parse(argv, prog=PROG, description=DESCRIPTION)
+        command = parse(
+            argv, prog=PROG, description=DESCRIPTION, conflicts=conflicts, hidden=("sb3",)
+        )
         from agents.session import run_session
 
         return run_session(command, agent="reinforce", train=train)

@@ -10,6 +10,7 @@ Same configuration, TensorBoard tags and summary as ``train_reinforce``; SB3's o
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,10 @@ def build_model(session: Session, env: RepFusionVecEnv) -> BaseAlgorithm:
     Raises:
         ValueError: ``sb3.arguments`` or ``sb3.policy`` do not fit the algorithm.
     """
-    from agents.sb3_algorithms import check_pairing
+    from agents.sb3_algorithms import check_arguments
 
     config = session.config
-    algorithm = check_pairing(config)
+    algorithm = check_arguments(config)
     arguments: dict[str, Any] = {**algorithm.arguments, **config.sb3.arguments}
     policy = algorithm.policy if config.sb3.policy == "auto" else config.sb3.policy
     if len(env.observation_space.shape or ()) == 3 and "policy_kwargs" not in arguments:
@@ -70,6 +71,8 @@ def train(session: Session) -> None:
 
     from agents.sb3_callback import LatestValues, SessionCallback
     from agents.sb3_state import capture, restore
+    from repfusion_env.atomic import atomic_file
+    from repfusion_env.runs import writing
     from repfusion_env.sb3 import RepFusionVecEnv
 
     env = RepFusionVecEnv(session.env)
@@ -110,8 +113,11 @@ def train(session: Session) -> None:
             model.learn(remaining, callback=callback, reset_num_timesteps=step == 0)
         _undo_fit(model)
         session.save(callback.steps, state())
+    archive = io.BytesIO()
+    model.save(archive)
+    with writing(session.run.folder), atomic_file(session.run.folder / "model.zip") as file:
+        file.write(archive.getvalue())
     session.finish(callback.steps, greedy, model.policy)
-    model.save(session.run.folder / "model.zip")
 
 
 def _fit_ars(model: Any, callback: SessionCallback) -> None:
@@ -146,12 +152,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def run() -> int:
-        from agents.sb3_algorithms import check_pairing
+        from agents.sb3_algorithms import check_arguments, conflicts
 
-        command = parse(argv, prog=PROG, description=DESCRIPTION, aliases={"algo": "sb3.algo"})
+        command = parse(
+            argv,
+            prog=PROG,
+            description=DESCRIPTION,
+            aliases={"algo": "sb3.algo"},
+            conflicts=conflicts,
+            hidden=("reinforce",),
+        )
         name = "sb3"
         if command.config is not None:
-            check_pairing(command.config)
+            check_arguments(command.config)
             name = f"sb3-{command.config.sb3.algo}"
         from agents.session import run_session
 

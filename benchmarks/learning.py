@@ -34,7 +34,7 @@ import numpy as np
 from agents.command_line import guarded, parse
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
-from repfusion_env.config_loading import load_config, to_dict, to_yaml
+from repfusion_env.config_loading import check, merge, to_dict, to_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m benchmarks.learning"
 POLICIES = ("learned", "random", "best fixed")
+Chooser = Callable[[int], "Tensor"]  # from N to grid indices (N,)
 LABELS = (50, 200)  # of the linear probe, beside all that evaluation.probe_images allows
 
 
@@ -69,7 +70,7 @@ def run_seed(config: dict[str, Any], seed: int, folder: str, threads: int) -> di
     started = time.monotonic()
     torch.set_num_threads(threads)
     changes = {"seed": seed, "run.folder": folder, "run.name": f"seed-{seed}"}
-    experiment = load_config(load_config(config, changes))
+    experiment = check(merge(config, changes))
     run = _train(experiment, Path(folder))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     fixed = {int(t): reward for t, reward in summary["reward"]["fixed"].items()}
@@ -119,9 +120,7 @@ def _train(experiment: ExperimentConfig, folder: Path) -> Path:
     return folder / name
 
 
-def _distil(
-    env: RepFusionVectorEnv, choose: Callable[[int], Tensor], seed: int
-) -> dict[str, float]:
+def _distil(env: RepFusionVectorEnv, choose: Chooser, seed: int) -> dict[str, float]:
     """Distil a new student under a policy that does not look; its accuracy by labels."""
     env.reset(seed=seed)
     for _ in range(env.config.total_steps):
@@ -259,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds: {chosen.seeds} given; an interval needs 2 or more")
     if chosen.jobs < 1:
         parser.error(f"--jobs: {chosen.jobs} given; it must be 1 or more")
+    if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
+        parser.error(f"--json: there is no folder '{chosen.json.parent}'")
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -111,8 +111,8 @@ class PublishedStep:
         self.unet.get_submodule(layer).register_forward_hook(self._keep)
         width = self.unet.get_submodule(layer).out_channels
         network = Network(student, shape, width, classes, timesteps if policy else None)
-        self.network = network.to(device).train()
-        self.average = deepcopy(self.network).requires_grad_(False)
+        self.network: Network = network.to(device).train()
+        self.average: Network = deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY
         )

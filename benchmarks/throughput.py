@@ -6,6 +6,7 @@
 
 All lines run in one process on the same images, taking turns (see :mod:`benchmarks.timing`). The
 teacher is google/ddpm-cifar10-32's network with random weights, the student a CIFAR ResNet-18.
+The shipped digits experiment runs along: its short steps would show an environment's cost most.
 
 Shape letters: N lanes.
 """
@@ -37,7 +38,7 @@ from benchmarks.published_step import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Pub
 from benchmarks.timing import Line, Timing, interleave, machine, machine_lines, ratios, spread
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
-from repfusion_env.config_loading import check
+from repfusion_env.config_loading import check, load_config
 from repfusion_env.data import load_data
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.frozen import build_frozen_parts, resolve_device
@@ -45,6 +46,11 @@ from repfusion_env.sb3 import RepFusionVecEnv
 from repfusion_env.trainer import DistillationTrainer, StepResult
 
 TIMESTEPS = 1000
+DIGITS = "shipped digits"
+PUBLISHED = {
+    "published": "published step",
+    "published without policy": "published step without policy",
+}
 LAYER_COST = "environment layer, % of the trainer inside its step"
 PREPARED = 64  # batches of ids, actions and timesteps drawn before the clock starts
 
@@ -139,33 +145,46 @@ def experiment(setting: Setting, material: Material, size: Size, device: str) ->
     )
 
 
-def our_lines(setting: Setting, material: Material, size: Size, device: str) -> list[Line]:
+def digits(size: Size, device: str) -> ExperimentConfig:
+    """The shipped configuration, whose steps are so short that the environment could show."""
+    changes: dict[str, Any] = {"device": device, "env.num_envs": size.lanes}
+    if size.smoke:
+        changes |= {"data.train_limit": 64, "data.heldout_limit": 8}
+    return load_config("digits", changes)
+
+
+def our_lines(name: str, config: ExperimentConfig, repeat: int = 1) -> list[Line]:
     """Environment, bare trainer and SB3 adapter over one trainer; all inputs drawn beforehand."""
-    config = experiment(setting, material, size, device)
     trainer = WatchedTrainer(config, build_frozen_parts(config))
     env = RepFusionVectorEnv(trainer=trainer)
     env.reset(seed=0)
     adapter = RepFusionVecEnv(env)
     generator = torch.Generator().manual_seed(0)
-    shape = (PREPARED, size.lanes)
-    actions = torch.randint(TIMESTEPS, shape, generator=generator)
+    shape = (PREPARED, env.num_envs)
+    actions = torch.randint(len(env.grid), shape, generator=generator)
     ids = torch.randint(len(trainer.parts.train), shape, generator=generator)
-    visits = torch.arange(PREPARED * size.lanes).view(shape)
+    visits = torch.arange(PREPARED * env.num_envs).view(shape)
     arrays = actions.numpy()
     actions, ids, visits = (part.to(trainer.device) for part in (actions, ids, visits))
+    timesteps = env.grid.tensor[actions]
 
     def bare(step: int) -> StepResult:
         at = step % PREPARED
-        return trainer.step(ids[at], actions[at], visits[at])
+        return trainer.step(ids[at], timesteps[at], visits[at])
 
     return [
         Line(
-            f"environment, {setting.name}",
+            f"environment, {name}",
             lambda step: env.step(actions[step % PREPARED]),
             None if trainer.device.type == "cuda" else lambda: trainer.seconds,
+            repeat,
         ),
-        Line(f"trainer, {setting.name}", bare),
-        Line(f"SB3 adapter, {setting.name}", lambda step: adapter.step(arrays[step % PREPARED])),
+        Line(f"trainer, {name}", bare, repeat=repeat),
+        Line(
+            f"SB3 adapter, {name}",
+            lambda step: adapter.step(arrays[step % PREPARED]),
+            repeat=repeat,
+        ),
     ]
 
 
@@ -176,7 +195,7 @@ def published_lines(material: Material, size: Size, device: str) -> list[Line]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(bank), (PREPARED, size.lanes), generator=generator).to(where)
     lines = []
-    for name, policy in (("published step", True), ("published step without policy", False)):
+    for name, policy in zip(PUBLISHED.values(), (True, False), strict=True):
         published = PublishedStep(
             material.teacher,
             LAYER,
@@ -216,7 +235,8 @@ def measure(size: Size, device: str = "cpu", *, quiet: bool = False) -> dict[str
         material = make_material(Path(folder), unet, images=64 if size.smoke else 2000)
         lines = published_lines(material, size, device)
         for setting in SETTINGS:
-            lines += our_lines(setting, material, size, device)
+            lines += our_lines(setting.name, experiment(setting, material, size, device))
+        lines += our_lines(DIGITS, digits(size, device), repeat=1 if size.smoke else 10)
         say(f"built {len(lines)} lines")
         timings = interleave(
             lines, rounds=size.rounds, steps=size.steps, device=where, progress=say
@@ -227,7 +247,10 @@ def measure(size: Size, device: str = "cpu", *, quiet: bool = False) -> dict[str
         "parameters": material.parameters,
         "seconds": time.monotonic() - started,
         "lines": {name: _line_record(timing, size.lanes) for name, timing in timings.items()},
-        "ratios": {setting.name: _comparisons(timings, setting) for setting in SETTINGS},
+        "ratios": {
+            name: _comparisons(timings, name)
+            for name in (*(setting.name for setting in SETTINGS), DIGITS)
+        },
     }
 
 
@@ -238,21 +261,21 @@ def _line_record(timing: Timing, lanes: int) -> dict[str, Any]:
     }
 
 
-def _comparisons(timings: dict[str, Timing], setting: Setting) -> dict[str, dict[str, float]]:
+def _comparisons(timings: dict[str, Timing], name: str) -> dict[str, dict[str, float]]:
     env, bare, adapter = (
-        timings[f"{kind}, {setting.name}"] for kind in ("environment", "trainer", "SB3 adapter")
+        timings[f"{kind}, {name}"] for kind in ("environment", "trainer", "SB3 adapter")
     )
-    found = {
-        "environment / published": ratios(env, timings["published step"]),
-        "environment / published without policy": ratios(
-            env, timings["published step without policy"]
-        ),
+    found = {}
+    if name != DIGITS:
+        for title, line in PUBLISHED.items():
+            found[f"environment / {title}"] = ratios(env, timings[line])
+    found |= {
         "environment / trainer": ratios(env, bare),
         "SB3 adapter / trainer": ratios(adapter, bare),
     }
     if env.outside:
         found[LAYER_COST] = list(env.outside)
-    return {name: spread(values) for name, values in found.items()}
+    return {key: spread(values) for key, values in found.items()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -272,7 +295,10 @@ def table(result: dict[str, Any]) -> str:
     names = list(next(iter(result["ratios"].values())))
     rows += ["", f"| within a round | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     for setting, found in result["ratios"].items():
-        cells = [_shown(found[name], ".2%" if name == LAYER_COST else ".3f") for name in names]
+        cells = [
+            _shown(found[name], ".2%" if name == LAYER_COST else ".3f") if name in found else ""
+            for name in names
+        ]
         rows.append(f"| {setting} | {' | '.join(cells)} |")
     if size["smoke"]:
         rows += ["", "Smoke run: tiny networks, the figures mean nothing."]
@@ -299,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("rounds", "steps", "lanes"):
         if getattr(chosen, name) < 1:
             parser.error(f"--{name}: {getattr(chosen, name)} given; it must be 1 or more")
+    if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
+        parser.error(f"--json: there is no folder '{chosen.json.parent}'")
     size = Size(chosen.lanes, chosen.rounds, chosen.steps, "resnet18")
     if chosen.smoke:
         size = Size(4, 2, 1, "small_cnn", smoke=True)

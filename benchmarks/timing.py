@@ -30,11 +30,13 @@ class Line:
         name: Key of the results.
         step: Does the step with this number.
         inside: Seconds spent so far in the part of the steps that is watched, or None.
+        repeat: Makes a sample so many times longer, for steps much shorter than the others'.
     """
 
     name: str
     step: Callable[[int], object]
     inside: Callable[[], float] | None = None
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def interleave(
         lines: What is compared.
         rounds: Samples per line. One more round runs first and is thrown away: it pays for memory,
             primitives and compilation.
-        steps: Per sample.
+        steps: Per sample of a line with ``repeat`` 1.
         device: Waited for at both ends of a sample.
         progress: Told of each round.
 
@@ -79,14 +81,14 @@ def interleave(
             before = line.inside() if line.inside else 0.0
             _wait(device)
             started = time.perf_counter()
-            for _ in range(steps):
+            for _ in range(steps * line.repeat):
                 line.step(numbers[line.name])
                 numbers[line.name] += 1
             _wait(device)
             elapsed = time.perf_counter() - started
             if round_ < 0:
                 continue
-            seconds[line.name].append(elapsed / steps)
+            seconds[line.name].append(elapsed / (steps * line.repeat))
             if line.inside:
                 watched = line.inside() - before
                 outside[line.name].append((elapsed - watched) / watched)

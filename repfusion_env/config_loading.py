@@ -36,14 +36,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-4`` as text; people mean a number, as YAML 1.2 has it."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that :class:`_Loader` would read as a number."""
+
+
+_NUMBER = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
 def parse_yaml(text: str) -> Any:
@@ -173,7 +175,7 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 
 def to_yaml(config: ExperimentConfig) -> str:
     """The configuration as YAML that :func:`load_config` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def sections() -> dict[str, type]:
@@ -271,12 +273,12 @@ def _sentence(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"] if not _is_tag(part))
     given, context = detail["input"], detail.get("ctx", {})
     if detail["type"] == "unexpected_keyword_argument":
-        known = [name for name, _, _ in options()]
+        known = every = [name for name, _, _ in options()]
         parent = path.rpartition(".")[0]
         if not parent:
             known = [*sections(), *(name for name in known if "." not in name)]
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-        close = close or [name for name in known if name.endswith("." + path.split(".")[-1])][:1]
+        close = close or [name for name in every if name.endswith("." + path.split(".")[-1])][:1]
         hint = f" Did you mean '{close[0]}'?" if close else ""
         siblings = [name for name in known if name.rpartition(".")[0] == parent]
         allowed = f" Allowed: {', '.join(siblings)}." if siblings and not close else ""

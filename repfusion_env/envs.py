@@ -104,6 +104,8 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             trainer=trainer,
             **overrides,
         )
+        if isinstance(num_envs, np.integer):
+            num_envs = int(num_envs)
         split = split or ("train" if train_student else "heldout")
         _check_arguments(render_mode, split, train_student)
         if trainer is not None and (config is not None or overrides):
@@ -295,6 +297,8 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs: trainer, data order, images shown, episodes, metrics."""
+        if self._ids is None:
+            raise ResetNeeded("reset() must be called before state_dict()")
         return {
             "trainer": self.trainer.state_dict() if self.train_student else None,
             "stream": self._stream.state_dict(),
@@ -309,7 +313,15 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
 
         Returns:
             The observations of the images now shown, (N, D).
+
+        Raises:
+            ValueError: The state is of another number of lanes.
         """
+        if len(state["ids"]) != self.num_envs:
+            raise ValueError(
+                f"state: it was saved with {len(state['ids'])} lanes, this environment has "
+                f"{self.num_envs}"
+            )
         if state["trainer"] is not None:
             self.trainer.load_state_dict(state["trainer"])
         self._stream.load_state_dict(state["stream"])
@@ -454,9 +466,9 @@ class RepFusionEnv(gym.Env[np.ndarray, Any], EzPickle):
         )
         if trainer is None:
             # Lanes of the configuration are the vector environment's business; here there is one.
-            overrides = merge(overrides, {"env.group_size": 1})
             if load_config(config, overrides).reinforce.baseline == "group":
                 overrides = merge(overrides, {"reinforce.baseline": "batch"})
+            overrides = merge(overrides, {"env.group_size": 1})
         self.lane = RepFusionVectorEnv(
             1,
             config,

@@ -90,7 +90,7 @@ class Run:
             "label": label,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        with _writing(folder):
+        with writing(folder):
             write_text(folder / "config.yaml", to_yaml(config))
             write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
             return cls(folder, config, agent)
@@ -116,7 +116,7 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"'{folder / 'run.json'}' does not name the run's agent") from error
         config = load_config(folder / "config.yaml")
-        with _writing(folder):
+        with writing(folder):
             return cls(folder, config, str(agent))
 
     @property
@@ -165,7 +165,7 @@ class Run:
             raise ValueError(f"'{min(taken)}' is a column of every row and no tag")
         row |= {tag: plain(value) for tag, value in scalars.items()}
         line = json.dumps(row, allow_nan=False).encode("utf-8") + b"\n"
-        with _writing(self.folder):
+        with writing(self.folder):
             self._metrics.write(line)
             self._metrics.flush()
             events = self._event_file()
@@ -185,7 +185,7 @@ class Run:
         Args:
             step: The step of the checkpoint that the run goes on from.
         """
-        with _writing(self.folder):
+        with writing(self.folder):
             self._metrics.close()
             rows = read_rows(self.metrics_path)
             kept = [
@@ -211,7 +211,7 @@ class Run:
         """
         from repfusion_env.checkpoint import save_checkpoint
 
-        with _writing(self.folder):
+        with writing(self.folder):
             if self._events is not None:
                 self._events.flush()
             self._metrics.flush()
@@ -233,7 +233,7 @@ class Run:
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write ``summary.json``: nested mappings, lists, numbers (NaN becomes null) and text."""
         text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
-        with _writing(self.folder):
+        with writing(self.folder):
             write_text(self.summary_path, text + "\n")
         return self.summary_path
 
@@ -271,7 +271,7 @@ class Run:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turn what the file system refuses into one sentence."""
     try:
         yield
@@ -279,11 +279,28 @@ def _writing(folder: Path) -> Iterator[None]:
         raise RunError(f"run '{folder}' cannot be written: {error.strerror or error}") from error
 
 
+def name_problem(config: ExperimentConfig) -> str | None:
+    """What is wrong with ``run.name``, as a sentence: no plain name, or taken; else None."""
+    name = config.run.name
+    if name is None:
+        return None
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        return f"run.name: {name!r} given; it must be the plain name of a folder"
+    folder = Path(config.run.folder) / name
+    if folder.exists():
+        return (
+            f"run.name: '{folder}' exists already; go on with it by --resume {folder}, or choose "
+            "another name"
+        )
+    return None
+
+
 def _make_folder(config: ExperimentConfig, stem: str) -> Path:
     root = Path(config.run.folder)
     name = config.run.name
-    if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)):
-        raise RunError(f"run.name: {name!r} given; it must be the plain name of a folder")
+    problem = name_problem(config)
+    if problem is not None:
+        raise RunError(problem)
     stem = re.sub(r"[^\w.-]+", "-", stem) + time.strftime("-%Y%m%d-%H%M%S")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -294,11 +311,8 @@ def _make_folder(config: ExperimentConfig, stem: str) -> Path:
                 folder.mkdir()
                 return folder
             except FileExistsError:
-                if name is not None:
-                    raise RunError(
-                        f"run.name: '{folder}' exists already; go on with it by "
-                        f"--resume {folder}, or choose another name"
-                    ) from None
+                if name is not None:  # made by another process since it was looked for
+                    raise RunError(name_problem(config)) from None
                 attempt += 1
     except OSError as error:
         raise RunError(f"run.folder: '{root}' cannot be written: {error.strerror}") from error

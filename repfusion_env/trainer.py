@@ -93,10 +93,11 @@ class DistillationTrainer:
         self.task: Task = registry.look_up("task", config.task, registry.TASKS)(parts.train)
         self.rule: RewardRule = registry.look_up("reward", config.reward.kind, registry.REWARDS)
         # With nothing trained there is no update to look back on; the look-ahead still judges.
-        self.heldout_rule: RewardRule = (
-            self.rule
-            if self.rule.attributable
-            else registry.look_up("reward", "student_lookahead", registry.REWARDS)
+        self.heldout_reward = (
+            config.reward.kind if self.rule.attributable else "student_lookahead"
+        )
+        self.heldout_rule: RewardRule = registry.look_up(
+            "reward", self.heldout_reward, registry.REWARDS
         )
         self.loss = DistillationLoss(config.distillation.losses)
         self.reset(config.seed)
@@ -296,7 +297,8 @@ class DistillationTrainer:
         self.student.load_state_dict(state["student"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The optimizer would keep the given moments themselves, shared with whoever gave them.
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         self.bad_in_a_row, self.bad_steps = (value.to(self.device) for value in state["bad"])
         if state["recent"] is not None:
             ids, *features = (value.to(self.device) for value in state["recent"])

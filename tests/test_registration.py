@@ -95,7 +95,7 @@ def _run(program: str) -> str:
 
 
 def test_a_misspelt_keyword_is_refused_with_the_right_one(tiny):
-    with pytest.raises(ValueError, match="rewrd: there is no such key. Did you mean 'reward'?"):
+    with pytest.raises(ValueError, match=r"rewrd: there is no such key\. Did you mean 'reward'"):
         gym.make("RepFusion-v0", config=tiny, rewrd="student")
 
 

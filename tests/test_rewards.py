@@ -51,7 +51,7 @@ def _measurement(widths, losses, dense=False, seed=0, **settings):
 
 
 def _damped_move(measured, h, z):
-    """h - J^T (J J^T + lambda I)^-1 (P(h) - z) for one vector, layers stacked, as it is written."""
+    """The move ``h - J^T (J J^T + lambda I)^-1 (P(h) - z)`` of one vector, layers stacked."""
     J = np.concatenate([p.weight.detach().numpy() for p in measured.projections])
     b = np.concatenate([p.bias.detach().numpy() for p in measured.projections])
     gram = J @ J.T + measured.config.damping * np.eye(len(J))
@@ -63,9 +63,7 @@ def _damped_move(measured, h, z):
 def test_squared_residuals_move_by_damped_gauss_newton(widths, loss):
     measured = _measurement(widths, {loss: 1.0}, damping=0.1)
     z = torch.cat(measured.teacher, 1).numpy()
-    expected = [
-        _damped_move(measured, h, z[n]) for n, h in enumerate(measured.student.numpy())
-    ]
+    expected = [_damped_move(measured, h, z[n]) for n, h in enumerate(measured.student.numpy())]
     np.testing.assert_allclose(look_ahead(measured).detach().numpy(), expected, rtol=1e-8)
 
 
@@ -104,9 +102,7 @@ def _cosine_loss(measured, h, n):
 
 @pytest.mark.parametrize("lookahead", ["gauss_newton", "gradient"])
 def test_other_losses_move_along_their_gradient(lookahead):
-    measured = _measurement(
-        (3, 4), {"cosine": 1.0}, lookahead=lookahead, damping=0.3, eta=0.7
-    )
+    measured = _measurement((3, 4), {"cosine": 1.0}, lookahead=lookahead, damping=0.3, eta=0.7)
     moved = look_ahead(measured).detach()
     for n in range(LANES):
         h = measured.student[n].clone().requires_grad_()
