@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -25,6 +26,7 @@ from repfusion_env.config_loading import (
     sections,
 )
 from repfusion_env.registry import did_you_mean
+from repfusion_env.runs import name_problem
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -52,8 +54,10 @@ def parse(
     description: str,
     default_config: str = "digits",
     aliases: dict[str, str] | None = None,
+    conflicts: Callable[[ExperimentConfig], list[str]] = lambda config: [],
+    hidden: Sequence[str] = (),
 ) -> Command:
-    """Read the command line.
+    """Read the command line and refuse at once what cannot be run.
 
     Args:
         argv: Arguments; default: those of the process.
@@ -61,6 +65,9 @@ def parse(
         description: What the command does.
         default_config: Configuration without ``--config``.
         aliases: Short options for keys, e.g. ``{"algo": "sb3.algo"}``.
+        conflicts: What the command itself cannot do with a configuration, a sentence each.
+        hidden: Sections of the configuration that do not concern the command; its help is silent
+            about them.
 
     Raises:
         ConfigError: With everything that is wrong, one sentence each.
@@ -70,7 +77,8 @@ def parse(
     chosen, others = _essentials(prog).parse_known_args(arguments)
     if chosen.help:
         base = read_config_file(chosen.config or default_config)
-        _help(prog, description, base, chosen.config or default_config, aliases or {}).print_help()
+        name = chosen.config or default_config
+        _help(prog, description, base, name, aliases or {}, hidden).print_help()
         raise SystemExit(0)
     if chosen.resume is not None:
         if others or chosen.config:
@@ -85,14 +93,20 @@ def parse(
         config = check(merge(read_config_file(name), overrides))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
+    problems += conflicts(config)
+    taken = name_problem(config)
+    if taken is not None:
+        problems.append(taken)
     if problems:
         raise ConfigError(problems)
-    return Command(config, Path(name).stem, None)
+    return Command(config, _label(Path(name)), None)
 
 
 def guarded(main: Callable[[], int], prog: str) -> int:
-    """Run a command: problems of the input end in sentences on stderr and exit code 2."""
-    # Imported by name only when something went wrong: these modules load torch.
+    """Run a command: problems of the input end in sentences on stderr and exit code 2.
+
+    A ValueError of any other library is a defect of ours and keeps its traceback.
+    """
     try:
         return main()
     except ValueError as error:
@@ -101,6 +115,9 @@ def guarded(main: Callable[[], int], prog: str) -> int:
         for sentence in str(error).splitlines():
             print(f"{prog}: error: {sentence}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("stopped before training began", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         # Somebody closed our output, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,8 +133,23 @@ def _is_ours(error: ValueError) -> bool:
     return module.split(".")[0] in ("repfusion_env", "agents", "students", "__main__")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Said as all other problems are, without the usage."""
+        raise ConfigError([message.removeprefix("argument ")])
+
+
+def _label(config: Path) -> str:
+    """What a run of ``config`` is named after; of a run's own file, what that run was."""
+    try:
+        about = json.loads((config.parent / "run.json").read_text(encoding="utf-8"))
+        return str(about["label"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return config.stem
+
+
 def _essentials(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("--resume", metavar="RUN_DIR")
@@ -153,18 +185,19 @@ def _overrides(
         if not known:
             problems.append(f"--{given}: there is no such option.{did_you_mean(given, allowed)}")
             continue
-        overrides[key] = _value(text, kinds.get(key), f"--{given}", problems)
+        try:
+            overrides[key] = _value(text, kinds.get(key))
+        except yaml.YAMLError:
+            problems.append(f"--{given}: '{text}' is not valid YAML")
     return overrides
 
 
-def _value(text: str, kind: Any, option: str, problems: list[str]) -> Any:
+def _value(text: str, kind: Any) -> Any:
     if kind is not None and accepts_text(kind):
         return None if text == "null" else text
-    try:
-        return parse_yaml(text)
-    except yaml.YAMLError:
-        problems.append(f"{option}: '{text}' is not valid YAML")
-        return text
+    value = parse_yaml(text)
+    # One value stands for a list of one: --teacher.layers mid_block
+    return [value] if _takes_list(kind) and isinstance(value, str | int) else value
 
 
 def _is_entry(key: str, kinds: dict[str, Any]) -> bool:
@@ -179,20 +212,32 @@ def _is_switch(kind: Any) -> bool:
     )
 
 
+def _takes_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple or any(
+        typing.get_origin(part) is tuple for part in typing.get_args(kind)
+    )
+
+
 def _help(
-    prog: str, description: str, base: dict[str, Any], name: str, aliases: dict[str, str]
+    prog: str,
+    description: str,
+    base: dict[str, Any],
+    name: str,
+    aliases: dict[str, str],
+    hidden: Sequence[str],
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} [--config FILE] [--resume RUN_DIR] [--key value ...]",
+        usage=f"python -m agents.{prog} [--config FILE] [--resume RUN_DIR] [--key value ...]",
         description=description,
         add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
         epilog=f"Defaults are those of '{name}'. A section's name alone sets its main key: "
         "--reward teacher_probe is --reward.kind teacher_probe. Lists and mappings are YAML: "
-        "--timesteps.values '[0, 40, 80]'.",
+        "--timesteps.values '[0, 40, 80]'; --distillation.losses.cosine 1 sets one entry. A BOOL "
+        "without a value is true.",
     )
-    general = parser.add_argument_group("run")
+    general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     general.add_argument("--config", metavar="FILE", help=f"configuration (default: {name})")
     general.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run")
@@ -201,20 +246,31 @@ def _help(
     groups = {
         section: parser.add_argument_group(section, (kind.__doc__ or "").strip())
         for section, kind in nested.items()
+        if section not in hidden
     }
     short = {key: alias for alias, key in aliases.items()}
     for path, item, kind in options():
         section, _, key = path.rpartition(".")
+        if section in hidden:
+            continue
         holder = getattr(config, section) if section else config
-        default = getattr(holder, key)
-        shown = "null" if default is None else default
-        if isinstance(default, tuple):
-            shown = "[" + ", ".join(str(part) for part in default) + "]"
+        shown = _as_yaml(getattr(holder, key))
         text = f"{item.metadata.get('help', '')} (default: {shown})".replace("%", "%%")
         names = [f"--{path}"] + ([f"--{short[path]}"] if path in short else [])
         group = groups[section] if section else general
         group.add_argument(*names, metavar=_metavar(kind), help=text)
     return parser
+
+
+def _as_yaml(value: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(value, bool | None):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_as_yaml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value)
 
 
 def _metavar(kind: Any) -> str:

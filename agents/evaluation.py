@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.envs import RepFusionVectorEnv
-from repfusion_env.frozen import chunks
+from repfusion_env.features import chunks
 from repfusion_env.trainer import DistillationTrainer
 
 Chooser = Callable[[Tensor], Tensor]

@@ -106,7 +106,8 @@ def check_arguments(config: ExperimentConfig) -> Algorithm:
     """The configured algorithm, after a look at ``sb3.arguments``; loads SB3.
 
     Raises:
-        ConfigError: The algorithm cannot be used here, or has no such arguments.
+        ConfigError: The algorithm cannot be used here, has no such arguments, or its device is not
+            there.
     """
     problems = conflicts(config)
     if problems:
@@ -121,6 +122,12 @@ def check_arguments(config: ExperimentConfig) -> Algorithm:
                 f"sb3.arguments: {config.sb3.algo} has no '{name}'.{did_you_mean(name, allowed)} "
                 f"Allowed: {', '.join(allowed)}"
             )
+    from repfusion_env.devices import resolve_device
+
+    try:
+        resolve_device(config.sb3.device)
+    except ValueError as error:
+        problems.append(f"sb3.{error}")
     if problems:
         raise ConfigError(problems)
     return algorithm

@@ -21,10 +21,12 @@ import torch
 
 from agents.evaluation import reward_table
 from repfusion_env.envs import RepFusionVectorEnv
-from repfusion_env.frozen import chunks
+from repfusion_env.features import chunks
+
+SUMMARY = "Does the look-ahead reward rank timesteps well under every distillation loss?"
 
 LOSSES: dict[str, dict[str, Any]] = {
-    "hint": {},
+    "hint": {"losses": {"hint": 1.0}},
     "hint (dense)": {"losses": {"hint": 1.0}, "dense": True},
     "l1": {"losses": {"l1": 1.0}},
     "normalized_l2": {"losses": {"normalized_l2": 1.0}},
@@ -43,7 +45,7 @@ MOVES: dict[str, dict[str, Any]] = {
 
 
 def probe_accuracy(env: RepFusionVectorEnv) -> np.ndarray:
-    """Held-out accuracy of a logistic regression on the teacher's feature at each timestep, (K,)."""
+    """Held-out accuracy of a logistic regression on each timestep's feature, (K,)."""
     from sklearn.linear_model import LogisticRegression
 
     parts = env.trainer.parts
@@ -75,7 +77,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="benchmarks.lookahead", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.lookahead", description=SUMMARY)
     parser.add_argument("--seeds", type=int, default=3, help="students per loss (default: 3)")
     parser.add_argument("--steps", type=int, default=400, help="steps of 64 lanes (default: 400)")
     arguments = parser.parse_args()
@@ -85,7 +87,9 @@ def main() -> None:
     for name, distillation in LOSSES.items():
         found: dict[str, list[tuple[float, int]]] = {move: [] for move in MOVES}
         for seed in range(arguments.seeds):
-            env = RepFusionVectorEnv(config="digits", seed=seed, distillation=distillation or "hint")
+            env = RepFusionVectorEnv(
+                config="digits", seed=seed, distillation=distillation or "hint"
+            )
             if reference is None:
                 reference = probe_accuracy(env)
             env.reset(seed=seed)
@@ -98,7 +102,9 @@ def main() -> None:
                 found[move].append((rank_correlation(table, reference), first))
         for move, values in found.items():
             correlations = np.array([value for value, _ in values])
-            spread = f"{correlations.mean():.2f} [{correlations.min():.2f}, {correlations.max():.2f}]"
+            spread = (
+                f"{correlations.mean():.2f} [{correlations.min():.2f}, {correlations.max():.2f}]"
+            )
             print(f"| {name} | {move} | {spread} | {[first for _, first in values]} |", flush=True)
 
 

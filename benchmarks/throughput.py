@@ -40,8 +40,9 @@ from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import check, load_config
 from repfusion_env.data import load_data
+from repfusion_env.devices import resolve_device
 from repfusion_env.envs import RepFusionVectorEnv
-from repfusion_env.frozen import build_frozen_parts, resolve_device
+from repfusion_env.frozen import build_frozen_parts
 from repfusion_env.sb3 import RepFusionVecEnv
 from repfusion_env.trainer import DistillationTrainer, StepResult
 

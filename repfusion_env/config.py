@@ -258,7 +258,9 @@ class RunConfig:
     """How long a run is and what it leaves behind."""
 
     shorthand: ClassVar[str] = "decisions"
-    decisions: Count = option(51_200, "(image, timestep) choices to make in all")
+    decisions: Count = option(
+        51_200, "(image, timestep) choices to make in all, rounded up to whole steps and rollouts"
+    )
     folder: StrictStr = option("runs", "where run folders are made")
     name: StrictStr | None = option(None, "name of the run folder; default: config, agent, time")
     log_every: Count = option(10, "steps between two rows of metrics")
@@ -354,8 +356,9 @@ def conflicts(config: ExperimentConfig) -> list[str]:
         config.optimizer.name != "sgd" or config.optimizer.momentum == 0
     ):
         found.append("optimizer.nesterov: needs optimizer.name sgd with a momentum above 0")
-    if not _is_device(config.device):
-        found.append(f"device: '{config.device}' given; allowed: auto, cpu, cuda, cuda:<index>")
+    for path, device in (("device", config.device), ("sb3.device", config.sb3.device)):
+        if not _is_device(device):
+            found.append(f"{path}: '{device}' given; allowed: auto, cpu, cuda, cuda:<index>")
     return found
 
 

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import load_config, merge
+from repfusion_env.devices import refuse_fork
 from repfusion_env.episodes import Decisions, Episodes
-from repfusion_env.frozen import build_frozen_parts, refuse_fork
+from repfusion_env.frozen import build_frozen_parts
+from repfusion_env.lane_inputs import action_tensor, refusal, reset_mask
 from repfusion_env.lane_view import LaneView
 from repfusion_env.observations import Observer
 from repfusion_env.stream import ImageStream
@@ -168,7 +170,7 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             raise TypeError(
                 f"seed: {seed!r} given; all lanes share one student, so the seed is one int"
             )
-        mask = self._reset_mask(options)
+        mask = reset_mask(options, self.num_envs, self.config.env.group_size)
         if seed is not None and not mask.all():
             raise ValueError(
                 "reset_mask: a seed restarts the student of all lanes; reset all lanes, or give no "
@@ -369,51 +371,18 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         return {key: value.clone() for key, value in info.items()}
 
     def _checked(self, actions: Any) -> Tensor:
-        given = actions if isinstance(actions, Tensor) else self._as_tensor(actions)
-        continuous = self.config.env.action == "continuous"
-        shape = (self.num_envs, 1) if continuous else (self.num_envs,)
-        is_number = given.dtype != torch.bool and not given.is_complex()
-        kind_fits = is_number and given.is_floating_point() == continuous
-        if tuple(given.shape) != shape or not kind_fits:
-            kind = str(given.dtype).removeprefix("torch.")
-            raise ValueError(self._refusal(f"{kind} {tuple(given.shape)}"))
-        if not continuous:
-            given = given.long()  # torch compares no uint16, uint32 and uint64
+        given = action_tensor(actions, self.num_envs, self.single_action_space)
         outside = self.grid.outside(given)
         if given.device.type == "cpu":
             if bool(outside.any()):
-                bad = given[outside.reshape(shape[0])].reshape(-1)[0].item()
+                bad = given.reshape(-1)[outside][0].item()
                 raise ValueError(self._refusal(f"{bad}"))
         else:
             self._decisions.note_outside(outside)
         return given.to(self.device)
 
-    def _as_tensor(self, actions: Any) -> Tensor:
-        try:
-            return torch.as_tensor(np.asarray(actions))
-        except (TypeError, ValueError):
-            raise ValueError(self._refusal(repr(actions))) from None
-
     def _refusal(self, given: str) -> str:
-        return f"actions: {given} given; allowed: {self.num_envs} of {self.single_action_space}"
-
-    def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
-        if not options or options.get("reset_mask") is None:
-            return np.ones(self.num_envs, bool)
-        given = options["reset_mask"]
-        mask = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-        if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(
-                f"reset_mask: {mask.dtype} {mask.shape} with {int(mask.sum())} lanes set given; it "
-                f"must be bool ({self.num_envs},) with at least one lane set"
-            )
-        groups = mask.reshape(-1, self.config.env.group_size)
-        if (groups.any(1) != groups.all(1)).any():
-            raise ValueError(
-                f"reset_mask: lanes of one group of {self.config.env.group_size} hold the same "
-                "image and can only be reset together"
-            )
-        return mask
+        return refusal(given, self.num_envs, self.single_action_space)
 
     def _refuse_closed(self) -> None:
         if self.closed:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.frozen import FrozenParts, chunks
+from repfusion_env.features import chunks
+from repfusion_env.frozen import FrozenParts
 from repfusion_env.noise import derive_seed
 from repfusion_env.registry import OBSERVATIONS, look_up
 from repfusion_env.trainer import DistillationTrainer

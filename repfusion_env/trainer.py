@@ -6,7 +6,6 @@ width of a layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,20 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from repfusion_env import registry
-from repfusion_env.config import ExperimentConfig, OptimizerConfig
+from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.device_means import DeviceMeans
+from repfusion_env.features import pooled_layers, resized
 from repfusion_env.frozen import FrozenParts
 from repfusion_env.losses import DistillationLoss
 from repfusion_env.noise import derive_seed
 from repfusion_env.rewards import Measurement, RewardRule
+from repfusion_env.student import Student, learning_rate_factor, make_optimizer
 from repfusion_env.student_buffers import restore_buffers, snapshot_buffers
 from repfusion_env.tasks import Task
-from students import Projection, build_backbone
 
 
 class NonFiniteError(RuntimeError):
@@ -53,28 +52,6 @@ class StepResult:
     correct: Tensor
 
 
-class Student(nn.Module):
-    """Backbone, one projection per teacher layer, task head, and the head on teacher features."""
-
-    def __init__(self, config: ExperimentConfig, parts: FrozenParts, task: Task) -> None:
-        super().__init__()
-        channels, size, _ = parts.train.shape
-        self.backbone = build_backbone(
-            config.student.name,
-            in_channels=channels,
-            image_size=size,
-            pretrained=config.student.pretrained,
-        )
-        width, widths = self.backbone.feature_channels, parts.features.widths
-        self.projections = nn.ModuleList(Projection(width, teacher) for teacher in widths)
-        self.head = task.head(width)
-        self.probe = task.head(sum(widths), config.reward.probe_hidden)
-
-    def features(self, images: Tensor) -> Tensor:
-        """The last stage's map, (B, C, H, W) -> (B, S, h, w) float32."""
-        return self.backbone(images)[self.backbone.stages[-1]].float()
-
-
 class DistillationTrainer:
     """Trains one student by distillation, a step at a time; never leaves the device.
 
@@ -93,9 +70,7 @@ class DistillationTrainer:
         self.task: Task = registry.look_up("task", config.task, registry.TASKS)(parts.train)
         self.rule: RewardRule = registry.look_up("reward", config.reward.kind, registry.REWARDS)
         # With nothing trained there is no update to look back on; the look-ahead still judges.
-        self.heldout_reward = (
-            config.reward.kind if self.rule.attributable else "student_lookahead"
-        )
+        self.heldout_reward = config.reward.kind if self.rule.attributable else "student_lookahead"
         self.heldout_rule: RewardRule = registry.look_up(
             "reward", self.heldout_reward, registry.REWARDS
         )
@@ -188,7 +163,7 @@ class DistillationTrainer:
         total = distilled.mean() + (weight or 1.0) * task_losses.mean()
         probe_losses = None
         if self.rule.probe:
-            probe_losses = self.task.losses(self.student.probe(_pooled(teacher)), targets)
+            probe_losses = self.task.losses(self.student.probe(pooled_layers(teacher)), targets)
             total = total + probe_losses.mean()
         if len(batch_ids) > 1:
             self._update(total, statistics)
@@ -233,7 +208,7 @@ class DistillationTrainer:
         losses = self.task.losses(outputs, targets)
         probe_loss = None
         if self.heldout_rule.probe:
-            probe_loss = self.task.losses(student.probe(_pooled(teacher)), targets)
+            probe_loss = self.task.losses(student.probe(pooled_layers(teacher)), targets)
         teacher = self._on_student_grid(teacher, maps)
         measured = self._measurement(
             maps if self.config.distillation.dense else pooled,
@@ -342,7 +317,7 @@ class DistillationTrainer:
         if not self.config.distillation.dense:
             return teacher
         size = (maps.shape[2], maps.shape[3])
-        return [_resized(z, size) for z in teacher]
+        return [resized(z, size) for z in teacher]
 
     def _distillation_losses(
         self, maps: Tensor, pooled: Tensor, teacher: list[Tensor], student: Student | None = None
@@ -455,49 +430,6 @@ class DistillationTrainer:
                 f"teacher.precision {self.config.teacher.precision} overflows, or teacher weights "
                 "that hold NaN"
             )
-
-
-def make_optimizer(student: Student, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups: backbone with projections, and the heads."""
-    rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
-    groups = [
-        {"params": [*student.backbone.parameters(), *student.projections.parameters()], "lr": rate},
-        {"params": [*student.head.parameters(), *student.probe.parameters()], "lr": head_rate},
-    ]
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            groups,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-
-
-def learning_rate_factor(schedule: str, progress: float) -> float:
-    """Factor of the learning rate at ``progress`` in [0, 1] of the run."""
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    if schedule == "multistep":
-        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
-    return 1.0
-
-
-def _pooled(features: list[Tensor]) -> Tensor:
-    """All layers side by side, (B, sum of F)."""
-    return torch.cat([z.mean((2, 3)) if z.ndim == 4 else z for z in features], dim=1)
-
-
-def _resized(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, F, h, w) on another grid: averaged where it shrinks, interpolated where it grows."""
-    if feature.shape[2:] == size:
-        return feature
-    if feature.shape[2] >= size[0] and feature.shape[3] >= size[1]:
-        return F.adaptive_avg_pool2d(feature, size)
-    return F.interpolate(feature, size, mode="bilinear", align_corners=False)
 
 
 def _finite(reward: Tensor, loss: Tensor) -> Tensor:

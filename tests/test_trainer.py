@@ -13,9 +13,11 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn import functional as F
 
 from repfusion_env import load_config
-from repfusion_env.frozen import FrozenParts, build_frozen_parts, resolve_device
+from repfusion_env.devices import resolve_device
+from repfusion_env.frozen import FrozenParts, build_frozen_parts
 from repfusion_env.noise import keyed_noise
-from repfusion_env.trainer import DistillationTrainer, NonFiniteError, learning_rate_factor
+from repfusion_env.student import learning_rate_factor
+from repfusion_env.trainer import DistillationTrainer, NonFiniteError
 
 LAYER = "mid_block.resnets.1.conv2"
 

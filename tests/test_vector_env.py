@@ -14,8 +14,8 @@ import torch
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.wrappers.vector import ArrayConversion, NormalizeReward, RecordEpisodeStatistics
 
+from repfusion_env.devices import refuse_fork
 from repfusion_env.envs import RepFusionVectorEnv
-from repfusion_env.frozen import refuse_fork
 
 LONG = {"env.episode_length": 3}
 

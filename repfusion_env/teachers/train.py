@@ -27,7 +27,7 @@ from torch import Tensor
 from repfusion_env.checkpoint import load_latest, save_checkpoint
 from repfusion_env.config import DataConfig
 from repfusion_env.data import ImageBank, load_data
-from repfusion_env.frozen import resolve_device
+from repfusion_env.devices import resolve_device
 from repfusion_env.teachers.denoising import (
     build_scheduler,
     build_unet,

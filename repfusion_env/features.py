@@ -1,0 +1,148 @@
+"""The teacher's features of (image, timestep) pairs, standardised.
+
+Shape letters: N images, C,H,W image, F feature width, h,w feature positions, K grid length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.data.bank import ImageBank
+from repfusion_env.noise import derive_seed, keyed_noise
+from repfusion_env.teachers.base import Teacher
+from repfusion_env.timesteps import TimestepGrid
+
+CHUNK = 256
+
+
+def chunks(ids: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
+    """``ids`` in pieces small enough for one forward."""
+    yield from ids.split(size)
+
+
+class TeacherFeatures:
+    """Standardised teacher features of (image, timestep) pairs.
+
+    Features are standardised per channel, so that a loss weighs channels and layers alike, and by
+    default at each timestep for itself. With one mean over the whole grid a feature tells its
+    timestep, whatever the image: a policy that recognises the image can then choose the timestep as
+    a code word for the label, and be rewarded for it (measured in ``docs/environment.md``).
+
+    Args:
+        teacher: The frozen teacher.
+        config: Input mode, noise mode and whether features are dense.
+        grid: Where the statistics are measured.
+        bank: Training images for the statistics.
+    """
+
+    def __init__(
+        self, teacher: Teacher, config: ExperimentConfig, grid: TimestepGrid, bank: ImageBank
+    ) -> None:
+        self.teacher = teacher
+        self.noised = config.teacher.input == "noised"
+        self.fixed_noise = config.teacher.noise == "fixed"
+        self.dense = config.distillation.dense
+        self.per_timestep = config.teacher.standardize == "timestep"
+        # From a timestep to its row of the statistics.
+        self._row = torch.zeros(teacher.num_timesteps, dtype=torch.int64, device=grid.tensor.device)
+        self._row[grid.tensor] = torch.arange(len(grid), device=grid.tensor.device)
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._statistics = self._measure(grid, bank, config.teacher.standardize_images)
+
+    @property
+    def widths(self) -> list[int]:
+        """Feature width F of each layer."""
+        return [self.teacher.feature_shapes[layer][0] for layer in self.teacher.layers]
+
+    def inputs(
+        self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> Tensor:
+        """What the teacher sees: the images, with ``input: noised`` after add_noise. (N,C,H,W)."""
+        images = bank.pixels(ids)
+        if not self.noised:
+            return images
+        visits = torch.zeros_like(visits) if self.fixed_noise else visits
+        noise = keyed_noise(bank.shape, noise_seed, ids, timesteps, visits)
+        return self.teacher.add_noise(images, noise, timesteps)
+
+    def __call__(
+        self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> list[Tensor]:
+        """Features per layer, ``(N, F)`` or, dense, ``(N, F, h, w)``; no gradient, no sync.
+
+        Args:
+            bank: Where ``ids`` point.
+            ids: ``(N,)`` image ids.
+            timesteps: ``(N,)`` timesteps.
+            visits: ``(N,)`` keys of fresh noise; see :func:`repfusion_env.noise.keyed_noise`.
+            noise_seed: Seed of the noise.
+        """
+        inputs = self.inputs(bank, ids, timesteps, visits, noise_seed)
+        maps = self.teacher.features(inputs, timesteps)
+        features = [maps[layer] for layer in self.teacher.layers]
+        if not self.dense:
+            features = [feature.mean((2, 3)) for feature in features]
+        if not self._statistics:
+            return features
+        rows = self._row[timesteps] if self.per_timestep else torch.zeros_like(timesteps)
+        shape = (len(ids), -1, 1, 1) if self.dense else (len(ids), -1)
+        return [
+            (feature - mean[rows].view(shape)) / deviation[rows].view(shape)
+            for feature, (mean, deviation) in zip(features, self._statistics, strict=True)
+        ]
+
+    def _measure(
+        self, grid: TimestepGrid, bank: ImageBank, count: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Mean and deviation of each layer, (1, F) over the grid or (K, F) for each timestep."""
+        generator = torch.Generator().manual_seed(derive_seed(0, "standardize"))
+        ids = torch.randperm(len(bank), generator=generator)[:count].to(grid.tensor.device)
+        if self.per_timestep:
+            pairs = [(ids, torch.full_like(ids, timestep)) for timestep in grid.timesteps]
+        else:
+            pairs = [(ids, grid.tensor.repeat(len(ids) // len(grid) + 1)[: len(ids)])]
+        rows = [self._moments(bank, ids, timesteps) for ids, timesteps in pairs]
+        statistics = []
+        for layer in range(len(rows[0])):
+            count_, total, squares = torch.stack([row[layer] for row in rows], dim=1)  # (K, F) each
+            mean = total / count_
+            deviation = (squares / count_ - mean.square()).clamp_min(0).sqrt()
+            # A channel that never varies must not be blown up to unit variance.
+            deviation = deviation.clamp_min(1e-6 + 1e-3 * float(deviation.mean()))
+            statistics.append((mean.float(), deviation.float()))
+        return statistics
+
+    def _moments(self, bank: ImageBank, ids: Tensor, timesteps: Tensor) -> list[Tensor]:
+        """Count, sum and sum of squares per channel of each layer, (3, F) float64."""
+        seed = derive_seed(0, "standardize noise")
+        sums: list[Tensor] = []
+        for part in chunks(torch.arange(len(ids), device=ids.device)):
+            visits = torch.zeros_like(part)
+            for index, feature in enumerate(self(bank, ids[part], timesteps[part], visits, seed)):
+                values = feature.double().transpose(0, 1).flatten(1)  # (F, n)
+                count = torch.full_like(values[:, 0], values.shape[1])
+                moments = torch.stack((count, values.sum(1), values.square().sum(1)))
+                if index == len(sums):
+                    sums.append(moments)
+                else:
+                    sums[index] = sums[index] + moments
+        return sums
+
+
+def pooled_layers(features: list[Tensor]) -> Tensor:
+    """All layers side by side, (B, sum of F)."""
+    return torch.cat([z.mean((2, 3)) if z.ndim == 4 else z for z in features], dim=1)
+
+
+def resized(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, F, h, w) on another grid: averaged where it shrinks, interpolated where it grows."""
+    if feature.shape[2:] == size:
+        return feature
+    if feature.shape[2] >= size[0] and feature.shape[3] >= size[1]:
+        return functional.adaptive_avg_pool2d(feature, size)
+    return functional.interpolate(feature, size, mode="bilinear", align_corners=False)
