@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 SPLIT_SEED = 20250101
 TRAIN_FRACTION = 0.8
@@ -50,5 +49,8 @@ def resize(images: Tensor, side: int) -> Tensor:
     """
     if images.shape[-2:] == (side, side):
         return images
+    # Its import takes longer than everything else that an environment on digits needs.
+    from torchvision.transforms.v2 import functional as transforms
+
     resized = transforms.resize(images, [side], antialias=True)
     return transforms.center_crop(resized, [side, side])
