@@ -70,15 +70,14 @@ class Reinforce:
         import torch
 
         from agents.policies import CategoricalPolicy, make_network
-        from repfusion_env.noise import derive_seed
+        from repfusion_env.noise import derive_seed, own_randomness
 
         if problems := conflicts(env.config):
             raise ConfigError(problems)
         self.config: ReinforceConfig = env.config.reinforce
         shape = env.single_observation_space.shape
         assert shape is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "policy"))
+        with own_randomness(derive_seed(seed, "policy")):
             valid = torch.from_numpy(env.action_masks()[0])
             self.policy = CategoricalPolicy(shape, len(valid), self.config, valid).to(env.device)
             self.value = (

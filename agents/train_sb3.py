@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from agents.sb3_callback import SessionCallback
     from agents.session import Session
+    from repfusion_env.config import ExperimentConfig
     from repfusion_env.sb3 import RepFusionVecEnv
 
 PROG = "train_sb3"
@@ -110,7 +111,12 @@ def train(session: Session) -> None:
         if session.config.sb3.algo == "ars":
             _fit_ars(model, callback)
         if remaining > 0:
-            model.learn(remaining, callback=callback, reset_num_timesteps=step == 0)
+            model.learn(
+                remaining,
+                callback=callback,
+                log_interval=_log_interval(model, session.config),
+                reset_num_timesteps=step == 0,
+            )
         _undo_fit(model)
         session.save(callback.steps, state())
     archive = io.BytesIO()
@@ -118,6 +124,17 @@ def train(session: Session) -> None:
     with writing(session.run.folder), atomic_file(session.run.folder / "model.zip") as file:
         file.write(archive.getvalue())
     session.finish(callback.steps, greedy, model.policy)
+
+
+def _log_interval(model: BaseAlgorithm, config: ExperimentConfig) -> int:
+    """When SB3 hands over its own figures: at each rollout; off policy about at each logged row.
+
+    Off policy it counts episodes, and by default hands over several times within one step.
+    """
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+    episodes = config.env.num_envs * config.run.log_every // config.env.episode_length
+    return max(1, episodes) if isinstance(model, OffPolicyAlgorithm) else 1
 
 
 def _fit_ars(model: Any, callback: SessionCallback) -> None:

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Strict, StrictBool, StrictStr
 
 from repfusion_env import registry
+from students import registry as students
 
 T = TypeVar("T")
 
@@ -117,7 +118,8 @@ class StudentConfig:
     shorthand: ClassVar[str] = "name"
     name: StrictStr = option(
         "small_cnn",
-        "small_cnn, resnet18, mobilenetv2, wideresnet28_2, torchvision/<name>, timm/<name>",
+        "small_cnn, resnet18, mobilenetv2, wideresnet28_2, torchvision/<name>, timm/<name>, "
+        "or your own as module:function",
     )
     pretrained: StrictBool = option(False, "start from the library's weights")
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the student (autocast)")
@@ -196,7 +198,7 @@ class ObservationConfig:
     student_state: StrictBool = option(
         False, "append the run's progress and the student's current task loss on the image"
     )
-    clip: Positive = option(5.0, "bound of the standardised observation")
+    clip: Positive = option(5.0, "bound of the standardized observation")
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,9 @@ def conflicts(config: ExperimentConfig) -> list[str]:
             "observation.student_state: it is appended to an embedding, so observation.source "
             "'pixels' has no place for it"
         )
+    sentence = students.complaint(config.student.name)
+    if sentence:
+        found.append(f"student.name: {sentence[0].lower()}{sentence[1:].rstrip('.')}")
     if config.data.name in ("npz", "folder", "cifar10") and config.data.path is None:
         found.append(f"data.path: data.name '{config.data.name}' needs a path")
     if not config.teacher.layers:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +27,24 @@ def derive_seed(seed: int, *purpose: object) -> int:
     """A seed in [0, 2**63) for one purpose, e.g. ``derive_seed(0, "stream", epoch)``."""
     text = ":".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Whatever draws from torch's global generators draws from ``seed``; then they go on as before.
+
+    Args:
+        seed: Any int in [0, 2**63).
+        device: A CUDA device whose generator is used too; those of other devices are not touched,
+            as ``torch.manual_seed`` would.
+    """
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

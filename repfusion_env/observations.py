@@ -20,7 +20,7 @@ from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.features import chunks
 from repfusion_env.frozen import FrozenParts
-from repfusion_env.noise import derive_seed
+from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.registry import OBSERVATIONS, look_up
 from repfusion_env.trainer import DistillationTrainer
 from students import build_backbone
@@ -134,7 +134,7 @@ class _StudentEmbedding:
 
     def __init__(self, config: ExperimentConfig, parts: FrozenParts) -> None:
         channels, size, _ = parts.train.shape
-        with torch.random.fork_rng(devices=[]):  # only its width is wanted
+        with own_randomness(0):  # only its width is wanted
             backbone = build_backbone(config.student.name, in_channels=channels, image_size=size)
         self.shape: tuple[int, ...] = (backbone.feature_channels,)
         self.bound = config.observation.clip
@@ -171,14 +171,17 @@ def teacher_embedding(config: ExperimentConfig, parts: FrozenParts) -> Source:
 def backbone_embedding(config: ExperimentConfig, parts: FrozenParts) -> Source:
     """Pooled last stage of any ``torchvision/<name>`` or ``timm/<name>`` backbone."""
     channels, size, _ = parts.train.shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(0, "observation backbone"))
-        backbone = build_backbone(
-            config.observation.source,
-            in_channels=channels,
-            image_size=size,
-            pretrained=config.observation.pretrained,
-        )
+    with own_randomness(derive_seed(0, "observation backbone")):
+        try:
+            backbone = build_backbone(
+                config.observation.source,
+                in_channels=channels,
+                image_size=size,
+                pretrained=config.observation.pretrained,
+            )
+        except ValueError as error:
+            sentence = str(error).replace("Student ", "").replace("student ", "backbone ")
+            raise ValueError(f"observation.source: {sentence}") from error
     backbone = backbone.to(parts.device).eval().requires_grad_(False)
 
     def embed(bank: ImageBank, ids: Tensor) -> Tensor:

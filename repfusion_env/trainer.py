@@ -22,7 +22,7 @@ from repfusion_env.device_means import DeviceMeans
 from repfusion_env.features import pooled_layers, resized
 from repfusion_env.frozen import FrozenParts
 from repfusion_env.losses import DistillationLoss
-from repfusion_env.noise import derive_seed
+from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.rewards import Measurement, RewardRule
 from repfusion_env.student import Student, learning_rate_factor, make_optimizer
 from repfusion_env.student_buffers import restore_buffers, snapshot_buffers
@@ -81,8 +81,7 @@ class DistillationTrainer:
         """Start over: new student, optimizer, averages and counters, all from ``seed``."""
         self.seed = seed
         # The caller's random state is none of our business, and ours none of the caller's.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "student"))
+        with own_randomness(derive_seed(seed, "student")):
             student = Student(self.config, self.parts, self.task)
         layout = (
             torch.channels_last if self.config.student.channels_last else torch.contiguous_format
@@ -153,7 +152,9 @@ class DistillationTrainer:
         # therefore measures without an update.
         self.student.train(len(batch_ids) > 1)
         statistics = snapshot_buffers(self.student)
-        with self._precision(), self._own_randomness():
+        # Dropout and stochastic depth draw from (seed, step), not from the caller's generator.
+        dropout_seed = derive_seed(self.seed, "step", self.steps)
+        with self._precision(), own_randomness(dropout_seed, self.device):
             maps = self.student.features(images)
         pooled = maps.mean((2, 3))
         distilled = self._distillation_losses(maps, pooled, teacher)
@@ -303,14 +304,6 @@ class DistillationTrainer:
     def _precision(self) -> Iterator[None]:
         enabled = self.config.student.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            yield
-
-    @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Dropout and stochastic depth draw from (seed, step), not from the caller's generator."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive_seed(self.seed, "step", self.steps))
             yield
 
     def _on_student_grid(self, teacher: list[Tensor], maps: Tensor) -> list[Tensor]:

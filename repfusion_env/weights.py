@@ -16,8 +16,10 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     Raises:
         OSError: The disk is full or cannot be written.
     """
+    # Cloned, because the format refuses tensors that share memory, as SB3's extractors do.
     tensors = {
-        name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in module.state_dict().items()
     }
     with atomic_file(path) as file:
         file.write(save(tensors))

@@ -1,20 +1,33 @@
 """Student networks: backbones with named feature stages, the projection, and the task heads.
 
-Importing this package imports torch alone; torchvision and timm load when one of their networks
-is built.
+Importing this package imports nothing heavy: torch comes with the first name that needs it,
+torchvision and timm when one of their networks is built.
 """
 
-from students.backbone import Backbone
-from students.heads import linear_head, mlp_head
-from students.projection import Projection
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from students.registry import BACKBONES, available_backbones, build_backbone
 
-__all__ = [
-    "BACKBONES",
-    "Backbone",
-    "Projection",
-    "available_backbones",
-    "build_backbone",
-    "linear_head",
-    "mlp_head",
-]
+if TYPE_CHECKING:
+    from students.backbone import Backbone as Backbone
+    from students.heads import linear_head as linear_head
+    from students.heads import mlp_head as mlp_head
+    from students.projection import Projection as Projection
+
+_LAZY = {
+    "Backbone": "students.backbone",
+    "Projection": "students.projection",
+    "linear_head": "students.heads",
+    "mlp_head": "students.heads",
+}
+
+__all__ = ["BACKBONES", "available_backbones", "build_backbone", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'students' has no attribute '{name}'")

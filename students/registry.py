@@ -5,30 +5,35 @@ Adding a student takes one file with its builder and one line in `BACKBONES`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
-from students.backbone import Backbone, check_image_size
-from students.from_timm import build_timm, timm_names
-from students.from_torchvision import build_torchvision, torchvision_names
-from students.mobilenetv2 import build_mobilenetv2
-from students.resnet18 import build_resnet18
-from students.small_cnn import build_small_cnn
-from students.wideresnet import build_wideresnet28_2
+if TYPE_CHECKING:
+    from students.backbone import Backbone
 
-# Builders take (in_channels, image_size).
-BACKBONES: dict[str, Callable[[int, int], Backbone]] = {
-    "small_cnn": build_small_cnn,
-    "resnet18": build_resnet18,
-    "mobilenetv2": build_mobilenetv2,
-    "wideresnet28_2": build_wideresnet28_2,
+# A builder takes (in_channels, image_size). It is named, not imported, so that a student's name can
+# be checked before torch is loaded.
+BACKBONES: dict[str, str | Callable[[int, int], Backbone]] = {
+    "small_cnn": "students.small_cnn:build_small_cnn",
+    "resnet18": "students.resnet18:build_resnet18",
+    "mobilenetv2": "students.mobilenetv2:build_mobilenetv2",
+    "wideresnet28_2": "students.wideresnet:build_wideresnet28_2",
 }
 
 # Builders take (name without prefix, in_channels, image_size, pretrained).
-_LIBRARIES: dict[str, Callable[[str, int, int, bool], Backbone]] = {
-    "torchvision": build_torchvision,
-    "timm": build_timm,
+_LIBRARIES = {
+    "torchvision": "students.from_torchvision:build_torchvision",
+    "timm": "students.from_timm:build_timm",
 }
+
+
+def complaint(name: str) -> str | None:
+    """The sentence that refuses ``name``, or None where it may be looked up; imports nothing."""
+    if name in BACKBONES or ":" in name or name.partition("/")[0] in _LIBRARIES:
+        return None
+    return _unknown(name, list(BACKBONES))
 
 
 def available_backbones(library: str | None = None) -> list[str]:
@@ -48,7 +53,7 @@ def available_backbones(library: str | None = None) -> list[str]:
         return list(BACKBONES)
     if library not in _LIBRARIES:
         raise ValueError(f"Unknown library '{library}'; known: {', '.join(_LIBRARIES)}.")
-    names = torchvision_names() if library == "torchvision" else timm_names()
+    names = _load(f"students.from_{library}:{library}_names")()
     return [f"{library}/{name}" for name in names]
 
 
@@ -61,8 +66,9 @@ def build_backbone(
     backbone.
 
     Args:
-        name: a key of `BACKBONES`, or "torchvision/<name>" or "timm/<name>" for a network of one
-            of these libraries.
+        name: a key of `BACKBONES`, "torchvision/<name>" or "timm/<name>" for a network of one of
+            these libraries, or "module:function" for a builder of your own that takes
+            (in_channels, image_size).
         in_channels: C of the images.
         image_size: H and W of the images, which are square.
         pretrained: whether to load the library's weights; only with "torchvision/" and "timm/".
@@ -74,31 +80,50 @@ def build_backbone(
         ValueError: unknown name, no pretrained weights for it, or an image size or number of
             channels that it cannot take.
     """
+    from students.backbone import check_image_size
+
     for argument, value in (("in_channels", in_channels), ("image_size", image_size)):
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}.")
     library, _, short_name = name.partition("/")
     # A name of timm may end in a tag of weights: "timm/resnet18.a1_in1k".
     untagged = name.partition(".")[0] if library == "timm" else name
-    if name in BACKBONES:
+    if name in BACKBONES or ":" in name:
         if pretrained:
             raise ValueError(
                 f"Student '{name}' has no pretrained weights; "
                 "only 'torchvision/<name>' and 'timm/<name>' have them."
             )
-        backbone = BACKBONES[name](in_channels, image_size)
+        builder = BACKBONES.get(name, name)
+        backbone = (_load(builder) if isinstance(builder, str) else builder)(
+            in_channels, image_size
+        )
     elif library in _LIBRARIES and untagged in available_backbones(library):
-        backbone = _LIBRARIES[library](short_name, in_channels, image_size, pretrained)
+        backbone = _load(_LIBRARIES[library])(short_name, in_channels, image_size, pretrained)
     else:
-        raise ValueError(_unknown(name))
+        libraries = (None, *_LIBRARIES)
+        candidates = [known for library in libraries for known in available_backbones(library)]
+        raise ValueError(_unknown(name, candidates))
     check_image_size(backbone, name, in_channels, image_size)
     return backbone
 
 
-def _unknown(name: str) -> str:
-    libraries = (None, *_LIBRARIES)
-    candidates = [known for library in libraries for known in available_backbones(library)]
+def _load(path: str) -> Any:
+    """What ``"module:attribute"`` names."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if path in BACKBONES.values() or path in _LIBRARIES.values():
+            raise
+        raise ValueError(f"Student '{path}' cannot be imported: {error}.") from error
+
+
+def _unknown(name: str, candidates: list[str]) -> str:
     closest = get_close_matches(name, candidates, n=1)
     hint = f"; did you mean '{closest[0]}'?" if closest else "."
     own = ", ".join(f"'{own}'" for own in BACKBONES)
-    return f"Unknown student '{name}'{hint} Known: {own}, or 'torchvision/<name>', 'timm/<name>'."
+    return (
+        f"Unknown student '{name}'{hint} Known: {own}, 'torchvision/<name>', 'timm/<name>', or "
+        "your own as 'module:function'."
+    )

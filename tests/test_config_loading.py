@@ -82,6 +82,8 @@ def test_every_option_survives_yaml_with_random_values():
         "task": "a.b:C",
         "device": "cuda:1",
         "data.name": "digits",
+        "student.name": "timm/resnet18",
+        "sb3.device": "auto",
         "teacher.family": "unet2d",
         "reward.kind": "student",
         "observation.source": "teacher",

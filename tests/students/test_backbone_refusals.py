@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from students import BACKBONES, Backbone, available_backbones, build_backbone
+from students.small_cnn import build_small_cnn
 
 
 def refusal(name: str, in_channels: int = 1, image_size: int = 32, pretrained: bool = False) -> str:
@@ -19,7 +20,8 @@ def refusal(name: str, in_channels: int = 1, image_size: int = 32, pretrained: b
 def test_misspelt_student_is_answered_with_the_closest_and_all_known_names() -> None:
     assert refusal("resnt18") == (
         "Unknown student 'resnt18'; did you mean 'resnet18'? Known: 'small_cnn', 'resnet18', "
-        "'mobilenetv2', 'wideresnet28_2', or 'torchvision/<name>', 'timm/<name>'."
+        "'mobilenetv2', 'wideresnet28_2', 'torchvision/<name>', 'timm/<name>', or your own as "
+        "'module:function'."
     )
 
 
@@ -104,11 +106,10 @@ def test_a_registry_line_is_all_a_new_student_needs(monkeypatch: pytest.MonkeyPa
 
 def test_a_student_that_states_wrong_widths_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def lying(in_channels: int, image_size: int) -> Backbone:
-        backbone = original(in_channels, image_size)
+        backbone = build_small_cnn(in_channels, image_size)
         backbone.channels["stage2"] = 65
         return backbone
 
-    original = BACKBONES["small_cnn"]
     monkeypatch.setitem(BACKBONES, "small_cnn", lying)
     assert "'stage2': 65" in refusal("small_cnn")
 
@@ -116,9 +117,17 @@ def test_a_student_that_states_wrong_widths_is_refused(monkeypatch: pytest.Monke
 def test_import_loads_neither_model_library_nor_environment() -> None:
     code = (
         "import sys, students; "
-        "print(sorted({'torchvision', 'timm', 'gymnasium', 'repfusion_env'} & set(sys.modules)))"
+        "heavy = {'torch', 'torchvision', 'timm', 'gymnasium', 'repfusion_env'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_builder_of_ones_own_needs_no_registry_line() -> None:
+    own = build_backbone("students.small_cnn:build_small_cnn", in_channels=1, image_size=16)
+    known = build_backbone("small_cnn", in_channels=1, image_size=16)
+    assert own.channels == known.channels
+    assert "cannot be imported" in refusal("students.small_cnn:build_big_cnn")

@@ -8,6 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from students import BACKBONES, Backbone, available_backbones, build_backbone
+from students.small_cnn import build_small_cnn
 from students.wideresnet import WideBlock
 
 OWN = ["small_cnn", "resnet18", "mobilenetv2", "wideresnet28_2"]
@@ -142,7 +143,7 @@ def test_same_seed_gives_the_same_backbone(name: str) -> None:
 
 def test_building_checks_the_size_without_leaving_a_trace() -> None:
     torch.manual_seed(0)
-    BACKBONES["small_cnn"](1, 16)
+    build_small_cnn(1, 16)
     expected_draw = torch.rand(1)
     torch.manual_seed(0)
     backbone = build_backbone("small_cnn", in_channels=1, image_size=16)

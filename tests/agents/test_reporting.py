@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.evaluation import evaluate, linear_probe_accuracy
+from agents.reporting import log_evaluation
+from agents.train_reinforce import main
+from repfusion_env.config_loading import load_config
+from repfusion_env.envs import RepFusionVectorEnv
+from repfusion_env.runs import Run
+
+
+@pytest.fixture
+def run(experiment: Callable[..., Path], tmp_path: Path) -> Path:
+    config = experiment(**{"run.decisions": 80, "run.log_every": 5, "evaluation.images": 24})
+    assert main(["--config", str(config), "--run.name", "my run"]) == 0
+    return tmp_path / "my run"
+
+
+def test_the_summary_says_what_the_saved_student_and_policy_are_worth(run: Path):
+    summary = json.loads((run / "summary.json").read_text())
+    env = RepFusionVectorEnv(config=str(run / "config.yaml"))
+    weights = {
+        key: torch.from_numpy(v) for key, v in load_file(run / "student.safetensors").items()
+    }
+    env.trainer.student.load_state_dict(weights)
+    policy = load_file(run / "policy.safetensors")
+
+    def greedy(observations: torch.Tensor) -> torch.Tensor:
+        hidden = np.tanh(
+            observations.numpy() @ policy["network.1.weight"].T + policy["network.1.bias"]
+        )
+        logits = hidden @ policy["network.3.weight"].T + policy["network.3.bias"]
+        return torch.from_numpy(logits.argmax(1))
+
+    found = evaluate(env, greedy, 24)
+    assert summary["reward"]["learned"] == pytest.approx(found.learned, abs=1e-4)
+    assert summary["reward"]["random"] == pytest.approx(found.random, abs=1e-4)
+    assert list(summary["reward"]["fixed"]) == ["0", "200", "400", "600", "800"]
+    assert list(summary["reward"]["fixed"].values()) == pytest.approx(found.by_timestep, abs=1e-4)
+    accuracy = linear_probe_accuracy(env.trainer, 10_000)
+    assert summary["student"]["linear_probe_accuracy"] == pytest.approx(accuracy)
+    assert summary["heldout_images"] == 24 and summary["decisions"] == 80
+    assert summary["seconds"] > 0
+    assert summary["decisions_per_second"] == pytest.approx(80 / summary["seconds"])
+
+
+def test_the_table_tells_all_policies_and_where_to_look(
+    capsys: pytest.CaptureFixture[str], run: Path
+):
+    said = capsys.readouterr()
+    summary = json.loads((run / "summary.json").read_text())
+    rows = {
+        tuple(words[:-2]): float(words[-2])
+        for words in (line.replace(" ± ", "±").split() for line in said.out.splitlines())
+        if words and words[0] in ("learned", "random", "fixed")
+    }
+    assert rows[("learned", "(reinforce)")] == pytest.approx(summary["reward"]["learned"], abs=1e-4)
+    assert rows[("random",)] == pytest.approx(summary["reward"]["random"], abs=1e-4)
+    best = max(summary["reward"]["fixed"].values())
+    assert rows[("fixed", "(best)")] == pytest.approx(best, abs=1e-4)
+    assert said.out.count("\n  fixed") == 5
+    assert f"tensorboard --logdir {run.parent}\n" in said.out
+    assert "Traceback" not in said.err
+    # What is printed can be pasted into a shell, although the name has a space.
+    again = said.out.split("again:")[1].strip()
+    assert again == (
+        f"python -m agents.train_reinforce --config '{run / 'config.yaml'}' --run.name null"
+    )
+
+
+def test_the_run_can_be_repeated_from_its_own_configuration(
+    run: Path, logged: Callable[[Path], Any]
+):
+    assert main(["--config", str(run / "config.yaml"), "--run.name", "again"]) == 0
+    assert logged(run.parent / "again") == logged(run)
+
+
+def test_the_figure_is_a_picture_worth_its_size(run: Path):
+    with Image.open(run / "summary.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[0] > 300 and pixels.shape[1] > 600
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_tensorboard_has_the_shared_tags_at_decisions(run: Path):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()
+    assert {
+        "reward/mean",
+        "timestep/mean",
+        "timestep/entropy",
+        "student/distillation_loss",
+        "student/accuracy",
+        "charts/decisions_per_second",
+        "evaluation/learned_reward",
+        "evaluation/random_reward",
+    } <= set(tags["scalars"])
+    assert "timestep/histogram" in tags["histograms"]
+    assert tags["images"] == ["evaluation/reward_by_timestep"]
+    assert [event.step for event in events.Scalars("reward/mean")] == [20, 40, 60, 80]
+    summary = json.loads((run / "summary.json").read_text())
+    (final,) = events.Scalars("evaluation/learned_reward")
+    assert (final.step, final.value) == (80, pytest.approx(summary["reward"]["learned"]))
+
+
+def test_an_evaluation_is_logged_once_for_each_step(tiny: dict[str, Any], tmp_path: Path):
+    config = load_config(None, {**tiny, "run.folder": str(tmp_path)})
+    env = RepFusionVectorEnv(config=config)
+    found = evaluate(env, lambda observations: torch.zeros(len(observations)).long(), 8)
+    with Run.create(config, agent="reinforce", label="x") as run:
+        run.log(5, 20, {"reward/mean": -1.0})
+        for step in (5, 5, 10, 10):
+            log_evaluation(run, step, 4 * step, found)
+        metrics = run.metrics()
+    assert metrics["step"].tolist() == [5, 5, 10]
+    assert metrics["evaluation/learned_reward"][1:] == pytest.approx([found.learned] * 2)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from agents.sb3_algorithms import ALGORITHMS
+from agents.train_reinforce import main as train_reinforce
+from agents.train_sb3 import main
+
+LANES, STEPS = 4, 40
+SMALL: dict[str, dict[str, Any]] = {
+    "ppo": {"n_steps": 5, "batch_size": 10, "n_epochs": 1},
+    "replay": {"learning_starts": 16, "buffer_size": 120, "batch_size": 8},
+    "a2c": {},
+    "trpo": {"n_steps": 5, "batch_size": 10},
+    "ars": {"n_delta": 2, "n_top": 1, "n_eval_episodes": 8},
+}
+SMALL |= dict.fromkeys(["recurrent_ppo", "maskable_ppo"], SMALL["ppo"])
+
+
+def leaves(value: Any, path: str = "") -> set[str]:
+    """Dotted paths of a summary."""
+    if not isinstance(value, dict):
+        return {path}
+    return {leaf for key, item in value.items() for leaf in leaves(item, f"{path}.{key}")}
+
+
+def settings(name: str) -> dict[str, Any]:
+    return {
+        "sb3.algo": name,
+        "sb3.arguments": SMALL.get(name, SMALL["replay"]),
+        "env.action": ALGORITHMS[name].actions[0],
+        "run.decisions": LANES * STEPS,
+        "run.log_every": 4,
+        "run.checkpoint_every": 8,
+        "evaluation.images": 8,
+    }
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains_goes_on_exactly_and_leaves_the_same_behind(
+    name: str, experiment: Callable[..., Path], logged: Callable[[Path], Any], tmp_path: Path
+):
+    config = str(experiment(**settings(name)))
+    assert main(["--config", config, "--run.name", "whole"]) == 0
+    whole = tmp_path / "whole"
+    rows = [row for row in logged(whole) if "reward/mean" in row]
+    assert [row["step"] for row in rows] == list(range(4, STEPS + 1, 4))
+    assert all(sum(row["timestep/counts"]) == 4 * LANES for row in rows)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["agent"] == f"sb3-{name}"
+    assert leaves(summary) == {
+        ".agent",
+        ".reward.kind",
+        ".reward.learned",
+        ".reward.random",
+        *(f".reward.fixed.{t}" for t in (0, 200, 400, 600, 800)),
+        ".reward.best_per_image",
+        ".timestep.mean",
+        ".timestep.deviation",
+        ".student.linear_probe_accuracy",
+        ".heldout_images",
+        ".decisions",
+        ".decisions_per_second",
+        ".seconds",
+    }
+    assert summary["decisions"] == LANES * STEPS
+    assert zipfile.is_zipfile(whole / "model.zip")
+
+    # As if it had been killed after the last checkpoint but one: replay buffer, optimizers,
+    # counters and random states come back from there.
+    run = tmp_path / "again"
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    sorted((run / "checkpoints").iterdir())[-1].unlink()
+    assert main(["--resume", str(run)]) == 0
+    assert logged(run) == logged(whole)
+    for weights in ("policy", "student"):
+        ours, theirs = (load_file(path / f"{weights}.safetensors") for path in (run, whole))
+        for key, value in theirs.items():
+            np.testing.assert_array_equal(ours[key], value, err_msg=f"{weights}: {key}")
+
+
+def test_the_summary_has_the_keys_of_reinforce(experiment: Callable[..., Path], tmp_path: Path):
+    config = str(experiment(**settings("a2c")))
+    assert main(["--config", config, "--run.name", "sb3"]) == 0
+    assert train_reinforce(["--config", config, "--run.name", "ours"]) == 0
+    ours, theirs = (
+        leaves(json.loads((tmp_path / name / "summary.json").read_text()))
+        for name in ("ours", "sb3")
+    )
+    assert ours == theirs
+    tags = [
+        {tag for line in (tmp_path / name / "metrics.jsonl").open() for tag in json.loads(line)}
+        for name in ("ours", "sb3")
+    ]
+    shared = {tag for tag in tags[0] if not tag.startswith("policy/")}
+    assert shared <= tags[1] and "train/value_loss" in tags[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        (["--algo", "sac"], ["sb3.algo: sac acts on continuous actions alone, but env.action is"]),
+        (["--algo", "dqn", "--env.action", "continuous"], ["sb3.algo: dqn acts on discrete"]),
+        (["--algo", "pppo"], ["sb3.algo: unknown algorithm 'pppo'. Did you mean 'ppo'?"]),
+        (["--timesteps.min_snr", "0.1"], ["timesteps.min_snr: ppo takes no action masks;"]),
+        (["--sb3.arguments.n_step", "3"], ["sb3.arguments: ppo has no 'n_step'. Did you mean"]),
+        (
+            ["--sb3.arguments", "{seed: 1, device: cpu}"],
+            [
+                "sb3.arguments: 'seed' is set by seed",
+                "sb3.arguments: 'device' is set by sb3.device",
+            ],
+        ),
+        (["--sb3.device", "gpu"], ["sb3.device: 'gpu' given; allowed: auto, cpu, cuda"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    options: list[str], sentences: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*options, "--run.folder", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(sentences)
+    for line, sentence in zip(said, sentences, strict=True):
+        assert line.startswith(f"train_sb3: error: {sentence}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_values_that_the_algorithm_refuses_end_in_its_sentence(
+    experiment: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    config = str(experiment(**settings("ppo") | {"sb3.policy": "NoSuchPolicy"}))
+    assert main(["--config", config]) == 2
+    assert "sb3: ppo with policy 'NoSuchPolicy'" in capsys.readouterr().err
+
+
+def test_pixels_get_our_convolutions(experiment: Callable[..., Path], tmp_path: Path):
+    config = str(experiment(**settings("ppo") | {"observation.source": "pixels"}))
+    assert main(["--config", config, "--run.name", "pixels"]) == 0
+    names = load_file(tmp_path / "pixels" / "policy.safetensors")
+    assert names["features_extractor.layers.0.weight"].shape == (32, 1, 3, 3)
