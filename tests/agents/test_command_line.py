@@ -64,7 +64,7 @@ def test_without_options_it_is_the_default_configuration():
             {"hint": 1.0, "cosine": 2.0},
         ),
         ("--sb3.arguments.n_steps 4", "sb3.arguments", {"n_steps": 4}),
-        ("--student.name 123", "student.name", "123"),  # text stays text
+        ("--data.path 123", "data.path", "123"),  # text stays text
         ("--run.name null", "run.name", None),
         ("--run.name=--x", "run.name", "--x"),
         ("--data.image_size null", "data.image_size", None),
@@ -128,7 +128,7 @@ def test_resume_takes_no_other_options():
 
 @pytest.mark.parametrize("main", [train_reinforce, train_sb3])
 def test_wrong_use_ends_in_sentences_and_code_2(main: Any, capsys: pytest.CaptureFixture[str]):
-    assert main(["--student.name", "small_cn", "--env.nums", "3"]) == 2
+    assert main(["--env.nums", "3"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()

@@ -207,7 +207,7 @@ def test_the_learned_policy_beats_random_on_real_digits(tmp_path: Path):
             "teacher.standardize_images": 32,
             "evaluation.images": 128,
             "evaluation.probe_images": 100,
-            "run.decisions": 60 * 64,
+            "run.decisions": 45 * 64,
             "run.folder": tmp_path,
             "run.name": f"seed-{seed}",
         }
