@@ -35,7 +35,16 @@ from benchmarks.material import (
     make_material,
 )
 from benchmarks.published_step import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, PublishedStep
-from benchmarks.timing import Line, Timing, interleave, machine, machine_lines, ratios, spread
+from benchmarks.timing import (
+    Bystanders,
+    Line,
+    Timing,
+    interleave,
+    machine,
+    machine_lines,
+    ratios,
+    spread,
+)
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import check, load_config
@@ -241,9 +250,11 @@ def measure(size: Size, device: str = "cpu", *, quiet: bool = False) -> dict[str
             lines += our_lines(setting.name, experiment(setting, material, size, device))
         lines += our_lines(DIGITS, digits(size, device), repeat=1 if size.smoke else 10)
         say(f"built {len(lines)} lines")
+        bystanders = Bystanders()
         timings = interleave(
             lines, rounds=size.rounds, steps=size.steps, device=where, progress=say
         )
+        facts["others"] = bystanders.share()
     return {
         "machine": facts,
         "size": asdict(size),

@@ -110,7 +110,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on; figures of two machines do not compare."""
+    """What the figures were taken on; figures of two machines do not compare.
+
+    ``others`` is for the share of :class:`Bystanders`, which is known at the end.
+    """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "cpu": _cpu("model name") or platform.processor() or platform.machine(),
@@ -122,19 +125,44 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "others": None,
     }
+
+
+class Bystanders:
+    """What other processes do to the machine meanwhile, from its making on. Linux only."""
+
+    def __init__(self) -> None:
+        self._started = self._now()
+
+    def share(self) -> float | None:
+        """Part of the machine's cores that other processes kept busy, in [0, 1]."""
+        if self._started is None:
+            return None
+        now = self._now()
+        assert now is not None
+        wall, busy, ours = (b - a for a, b in zip(self._started, now, strict=True))
+        return max(0.0, busy - ours) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        table = Path("/proc/stat")
+        if not table.is_file():
+            return None
+        user, nice, system, _, _, irq, softirq = map(int, table.read_text().split()[1:8])
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, time.process_time()
 
 
 def machine_lines(facts: Mapping[str, Any]) -> list[str]:
     """The facts of :func:`machine` as lines of a list."""
     instructions = ", ".join(facts["bf16_instructions"]) or "no bf16 instructions"
     shown = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {instructions}"
-    load = "" if facts["load"] is None else f", load average {facts['load']:.2f} before it"
+    others = "" if facts["others"] is None else f"; other processes used {facts['others']:.0%}"
     return [
         f"- machine: {shown}; {facts['threads']} threads",
         f"- software: torch {facts['torch']}, Python {facts['python']}, {facts['system']}",
-        f"- date: {facts['date']}{load}",
+        f"- date: {facts['date']}{others}",
     ]
 
 

@@ -22,13 +22,13 @@ from repfusion_env.runs import Run
 
 pytestmark = pytest.mark.slow
 
-LANES, STEPS = 8, 80
+LANES, STEPS = 8, 70
 SHORT = {
     "env.num_envs": LANES,
     "run.decisions": LANES * STEPS,
     "run.log_every": 7,
     "run.checkpoint_every": 10,
-    "evaluation.every": 40,
+    "evaluation.every": 35,
     "optimizer.batch_size": 12,
     "student.ema": 0.9,
     "reinforce.baseline": "value",

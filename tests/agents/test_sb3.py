@@ -15,12 +15,12 @@ from agents.sb3_algorithms import ALGORITHMS
 from agents.train_reinforce import main as train_reinforce
 from agents.train_sb3 import main
 
-LANES, STEPS = 4, 40
+LANES, STEPS = 4, 24
 SMALL: dict[str, dict[str, Any]] = {
-    "ppo": {"n_steps": 5, "batch_size": 10, "n_epochs": 1},
-    "replay": {"learning_starts": 16, "buffer_size": 120, "batch_size": 8},
+    "ppo": {"n_steps": 4, "batch_size": 8, "n_epochs": 1},
+    "replay": {"learning_starts": 16, "buffer_size": 60, "batch_size": 8},
     "a2c": {},
-    "trpo": {"n_steps": 5, "batch_size": 10},
+    "trpo": {"n_steps": 4, "batch_size": 8},
     "ars": {"n_delta": 2, "n_top": 1, "n_eval_episodes": 8},
 }
 SMALL |= dict.fromkeys(["recurrent_ppo", "maskable_ppo"], SMALL["ppo"])

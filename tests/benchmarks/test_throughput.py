@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from benchmarks.material import CLASSES, DDPM_CIFAR10_UNET, LAYER, TINY_UNET, make_material
 from benchmarks.published_step import AVERAGE_WEIGHT, PublishedStep
 from benchmarks.throughput import DIGITS, SETTINGS, Size, experiment, main, measure
-from benchmarks.timing import Line, Timing, interleave, ratios, spread
+from benchmarks.timing import Bystanders, Line, Timing, interleave, ratios, spread
 from repfusion_env.config_loading import load_config, to_dict
 
 CPU = torch.device("cpu")
@@ -100,6 +101,18 @@ def test_time_around_the_watched_part_is_told_apart(clock: list[float]) -> None:
     timing = interleave([line], rounds=3, steps=2, device=CPU)["a"]
     assert timing.seconds == (5.0, 5.0, 5.0)
     assert timing.outside == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="only Linux tells")
+def test_own_work_does_not_count_as_another_process() -> None:
+    bystanders = Bystanders()
+    started, now = time.process_time(), time.process_time()
+    while now - started < 0.3:
+        now = time.process_time()
+    share = bystanders.share()
+    assert share is not None and 0 <= share <= 1
+    ours = 0.3 / (os.cpu_count() or 1)
+    assert share <= 1 - ours + 0.1
 
 
 def test_ratios_are_taken_round_by_round() -> None:
