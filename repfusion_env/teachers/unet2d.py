@@ -26,6 +26,8 @@ from repfusion_env.teachers.unet2d_stages import drop_behind, run_stages, stage_
 
 Shape = tuple[int, int, int]
 
+_SHAPES: dict[str, dict[str, Shape]] = {}
+
 
 def load(config: TeacherConfig, *, device: torch.device | str) -> UNet2DTeacher:
     """Load a ``UNet2DModel`` and its scheduler, frozen, cut after the deepest of the layers.
@@ -35,7 +37,7 @@ def load(config: TeacherConfig, *, device: torch.device | str) -> UNet2DTeacher:
             it is another kind of model, or it has no such layer.
     """
     files = find_model_files(config.model, config.revision, weights=True)
-    shapes = layer_shapes(files, build_on_meta(files))
+    shapes = _known_shapes(files)
     problems = unknown_layers(config.layers, shapes)
     if problems:
         raise TeacherError(f"teacher '{config.model}': {problems[0]}")
@@ -63,7 +65,7 @@ def describe(config: TeacherConfig) -> TeacherCard:
         channels=unet.config.in_channels,
         image_size=image_size(files),
         num_timesteps=len(alpha_bars(files)),
-        layers_available=tuple(layer_shapes(files, unet)),
+        layers_available=tuple(_known_shapes(files)),
         side_divisor=2 ** (len(unet.down_blocks) - 1),
     )
 
@@ -230,6 +232,14 @@ def layer_shapes(files: ModelFiles, unet: UNet2DModel) -> dict[str, Shape]:
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def _known_shapes(files: ModelFiles) -> dict[str, Shape]:
+    """:func:`layer_shapes`, once for each architecture: describing comes before loading."""
+    key = json.dumps(files.unet, sort_keys=True)
+    if key not in _SHAPES:
+        _SHAPES[key] = layer_shapes(files, build_on_meta(files))
+    return _SHAPES[key]
 
 
 def load_weights(files: ModelFiles) -> UNet2DModel:
