@@ -79,7 +79,7 @@ class TeacherConfig:
         "timestep", "a mean and deviation per channel for each timestep, or one over the whole grid"
     )
     standardize_images: Count = option(
-        128, "images (at each timestep) from which mean and deviation are measured"
+        64, "images (at each timestep) from which mean and deviation are measured"
     )
 
 
