@@ -279,7 +279,7 @@ def _metavar(kind: Any) -> str:
     if origin is typing.Annotated:
         return _metavar(typing.get_args(kind)[0])
     if origin is typing.Literal:
-        return "{" + ",".join(typing.get_args(kind)) + "}"
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     if origin is tuple:
         return "LIST"
     if origin is dict:

@@ -1,10 +1,11 @@
 """Policy and value networks of our REINFORCE.
 
-Shape letters: N lanes, D embedding, C,H,W image, K grid length.
+Shape letters: N lanes, D embedding, C,H,W image; A choices, all components of an action together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -67,13 +68,16 @@ def convolutions(channels: int) -> list[nn.Module]:
 
 
 class CategoricalPolicy(nn.Module):
-    """A distribution over the timestep grid for each observation.
+    """A distribution over the choices for each observation.
+
+    Where an action has several components, each has a categorical distribution of its own: the
+    probability of an action is their product, and entropies add up.
 
     Args:
         observation_shape: (D,) or (C, H, W).
-        choices: K.
+        choices: A, for actions (N,); or the choices of each of m components, for actions (N, m).
         config: Network settings.
-        valid: (K,) bool, the choices that are open; default: all.
+        valid: (A,) bool, the open choices, one component's after the other's; default: all.
     """
 
     closed: Tensor
@@ -81,27 +85,42 @@ class CategoricalPolicy(nn.Module):
     def __init__(
         self,
         observation_shape: tuple[int, ...],
-        choices: int,
+        choices: int | Sequence[int],
         config: ReinforceConfig,
         valid: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.network = make_network(observation_shape, choices, config)
-        closed = torch.zeros(choices, dtype=torch.bool) if valid is None else ~valid
+        self.flat = isinstance(choices, int)
+        self.sizes = [choices] if isinstance(choices, int) else list(choices)
+        total = sum(self.sizes)
+        self.network = make_network(observation_shape, total, config)
+        closed = torch.zeros(total, dtype=torch.bool) if valid is None else ~valid
         self.register_buffer("closed", closed, persistent=False)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Log-probabilities (N, K); those of closed choices are finite, and exactly 0 as exp."""
+        """Log-probabilities (N, A); those of closed choices are finite, and exactly 0 as exp."""
         logits = self.network(observations).masked_fill(self.closed, CLOSED_LOGIT)
-        return torch.log_softmax(logits, dim=-1)
+        parts = [torch.log_softmax(part, dim=-1) for part in logits.split(self.sizes, dim=-1)]
+        return torch.cat(parts, dim=-1)
+
+    def log_probability(self, log_probabilities: Tensor, actions: Tensor) -> Tensor:
+        """Of the actions (N,) or (N, m), from what :meth:`forward` gave: (N,)."""
+        columns = actions.reshape(len(log_probabilities), -1)
+        parts = log_probabilities.split(self.sizes, dim=-1)
+        chosen = [part.gather(1, columns[:, m : m + 1]) for m, part in enumerate(parts)]
+        return torch.cat(chosen, dim=1).sum(1)
 
     @torch.no_grad()
     def sample(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        """One action per observation, int64 (N,), drawn with ``generator``."""
-        probabilities = self(observations).exp()
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        """One action per observation, int64 (N,) or (N, m), drawn with ``generator``."""
+        parts = self(observations).exp().split(self.sizes, dim=-1)
+        return self._action([torch.multinomial(part, 1, generator=generator) for part in parts])
 
     @torch.no_grad()
     def greedy(self, observations: Tensor) -> Tensor:
-        """The most probable action of each observation, int64 (N,)."""
-        return self(observations).argmax(dim=-1)
+        """The most probable action of each observation, int64 (N,) or (N, m)."""
+        parts = self(observations).split(self.sizes, dim=-1)
+        return self._action([part.argmax(dim=-1, keepdim=True) for part in parts])
+
+    def _action(self, columns: list[Tensor]) -> Tensor:
+        return columns[0][:, 0] if self.flat else torch.cat(columns, dim=1)

@@ -9,8 +9,12 @@ import numpy as np
 
 from agents.evaluation import Evaluation, linear_probe_accuracy
 from repfusion_env.envs import RepFusionVectorEnv
-from repfusion_env.figures import reward_by_timestep_figure, save_figure, summary_figure
+from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
+from repfusion_env.layer_names import short_names
 from repfusion_env.runs import Run, writing
+
+# More arms than this are too many lines for a table, which then shows the best.
+MOST_ARMS, BEST_ARMS = 50, 10
 
 
 def report(
@@ -29,8 +33,8 @@ def report(
         The summary as written.
     """
     accuracy = linear_probe_accuracy(env.trainer, run.config.evaluation.probe_images)
-    fixed = {str(t): float(value) for t, value in zip(found.grid, found.by_timestep, strict=True)}
-    chosen = np.array(found.grid)[found.actions]
+    fixed = {arm: float(value) for arm, value in zip(found.arms, found.by_arm, strict=True)}
+    timesteps = found.timesteps
     summary: dict[str, Any] = {
         "agent": run.agent,
         "reward": {
@@ -40,13 +44,16 @@ def report(
             "fixed": fixed,
             "best_per_image": found.best_per_image,
         },
-        "timestep": {"mean": float(chosen.mean()), "deviation": float(chosen.std())},
+        "timestep": {"mean": float(timesteps.mean()), "deviation": float(timesteps.std())},
         "student": {"linear_probe_accuracy": accuracy},
-        "heldout_images": len(found.actions),
+        "heldout_images": len(found.timesteps),
         "decisions": decisions,
         "decisions_per_second": decisions / seconds,
         "seconds": seconds,
     }
+    if found.layers is not None:
+        shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
+        summary["layer"] = dict(zip(found.layer_names, shares.tolist(), strict=True))
     _draw(run, env, found, decisions)
     run.write_summary(summary)
     _print(run, found, summary)
@@ -60,21 +67,43 @@ def log_evaluation(run: Run, step: int, decisions: int, found: Evaluation) -> No
     logged = metrics.get("evaluation/learned_reward")
     if logged is not None and np.isfinite(logged[metrics["step"] == step]).any():
         return  # by an earlier process, or on the way at this very step
-    figure = reward_by_timestep_figure(found.grid, found.by_timestep, found.counts)
-    run.log(step, decisions, tags, figures={"evaluation/reward_by_timestep": figure})
+    figure = reward_by_arm_figure(**_arms(found))
+    noun = found.noun.replace(", ", "_and_")
+    run.log(step, decisions, tags, figures={f"evaluation/reward_by_{noun}": figure})
+
+
+def _arms(found: Evaluation) -> dict[str, Any]:
+    """What figures draw of the arms: of pairs one line for each layer over the timesteps."""
+    shape = (len(found.pairs), len(found.layer_names)) if found.pairs else (len(found.arms),)
+    counts = found.chosen
+    if counts is not None and found.pairs:
+        counts = counts.reshape(shape).sum(axis=1)
+    return {
+        "arms": found.pairs or found.arms,
+        "reward": found.by_arm.reshape(shape),
+        "counts": counts,
+        "noun": found.noun,
+        "layers": found.layer_names,
+    }
 
 
 def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) -> None:
     metrics = run.metrics()
     log_evaluation(run, int(metrics["step"][-1]), decisions, found)
+    arms = _arms(found)
+    entropy = metrics["timestep/entropy"] + metrics.get("layer/entropy", 0.0)
     figure = summary_figure(
         decisions=metrics["decisions"],
         reward=metrics["reward/mean"],
-        entropy=metrics.get("policy/entropy", metrics["timestep/entropy"]),
+        entropy=metrics.get("policy/entropy", entropy),
         counts_over_time=metrics["timestep/counts"],
-        grid=found.grid,
-        reward_by_timestep=found.by_timestep,
-        learned_counts=found.counts,
+        grid=env.grid.timesteps,
+        reward_by_arm=arms["reward"],
+        learned_counts=arms["counts"],
+        arms=arms["arms"],
+        noun=found.noun,
+        layers=found.layer_names,
+        layer_counts_over_time=metrics.get("layer/counts"),
         learned_reward=found.learned,
         random_reward=found.random,
         title=f"{run.folder.name}: {decisions:,} decisions",
@@ -86,23 +115,28 @@ def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) 
 def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(found.actions)} held-out images, same noise")
+    count = len(found.timesteps)
+    short = dict(zip(found.layer_names, short_names(found.layer_names, 20), strict=True))
+    arms = [", ".join(short.get(part, part) for part in arm.split(", ")) for arm in found.arms]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{count} held-out images, same noise")
     table.add_column("policy")
     table.add_column(f"mean {found.kind}", justify="right")
-    table.add_column("timestep", justify="right")
+    table.add_column(found.noun, justify="right")
     table.add_row(
-        f"learned ({run.agent})",
-        f"[bold]{found.learned:.4f}[/bold]",
-        f"{summary['timestep']['mean']:.0f} ± {summary['timestep']['deviation']:.0f}",
+        f"learned ({run.agent})", f"[bold]{found.learned:.4f}[/bold]", escape(_chosen(found, short))
     )
     table.add_row("random", f"{found.random:.4f}", "any")
-    best = int(found.by_timestep.argmax())
-    for index, (timestep, reward) in enumerate(zip(found.grid, found.by_timestep, strict=True)):
-        name = "fixed (best)" if index == best else "fixed"
-        table.add_row(name, f"{reward:.4f}", str(timestep))
+    order = np.argsort(-found.by_arm, kind="stable")
+    shown = range(len(order)) if len(order) <= MOST_ARMS else order[:BEST_ARMS].tolist()
+    for index in shown:
+        name = "fixed (best)" if index == order[0] else "fixed"
+        table.add_row(name, f"{found.by_arm[index]:.4f}", escape(arms[index]))
+    if len(shown) < len(order):
+        table.caption = f"the best {len(shown)} of {len(order)}; all are in summary.json"
     console.print(table)
     script = "train_reinforce" if run.agent == "reinforce" else "train_sb3"
     again = f"python -m agents.{script} --config {shlex.quote(str(run.folder / 'config.yaml'))}"
@@ -117,3 +151,15 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
     }
     for name, text in lines.items():
         console.print(f"{name + ':':9}{text}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _chosen(found: Evaluation, short: dict[str, str]) -> str:
+    """What the policy chose, in a few words."""
+    words = []
+    if found.noun != "layer":
+        words.append(f"{found.timesteps.mean():.0f} ± {found.timesteps.std():.0f}")
+    if found.layers is not None:
+        shares = np.bincount(found.layers) / len(found.layers)
+        name = found.layer_names[int(shares.argmax())]
+        words.append(f"{short[name]} ({shares.max():.0%})")
+    return ", ".join(words)

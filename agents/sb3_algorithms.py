@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from repfusion_env.actions import action_kind, names_of_kinds
+from repfusion_env.actions.base import Kind
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError
 from repfusion_env.registry import did_you_mean
@@ -23,13 +25,13 @@ class Algorithm:
 
     Attributes:
         path: ``module:class``.
-        actions: Kinds of ``env.action`` that it takes.
+        actions: Kinds of action space that it takes.
         arguments: Settings for one-step episodes on many lanes; ``sb3.arguments`` overrides them.
         policy: Policy class by SB3's name.
     """
 
     path: str
-    actions: tuple[str, ...]
+    actions: tuple[Kind, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     policy: str = "MlpPolicy"
 
@@ -49,7 +51,11 @@ _OURS = {
     "_init_setup_model": "the run itself",
 }
 
-_BOTH, _DISCRETE, _CONTINUOUS = ("discrete", "continuous"), ("discrete",), ("continuous",)
+_ALL: tuple[Kind, ...] = ("Discrete", "MultiDiscrete", "Box")
+_CATEGORIES: tuple[Kind, ...] = ("Discrete", "MultiDiscrete")
+_ONE_OR_BOX: tuple[Kind, ...] = ("Discrete", "Box")
+_DISCRETE: tuple[Kind, ...] = ("Discrete",)
+_BOX: tuple[Kind, ...] = ("Box",)
 # SB3's defaults collect 2,048 steps of every lane before they learn; here a step is 64 decisions.
 _PPO = {"n_steps": 8, "batch_size": 256, "n_epochs": 4, "learning_rate": 1e-3, "ent_coef": 0.01}
 _REPLAY = {
@@ -62,19 +68,21 @@ _REPLAY = {
 _Q = _REPLAY | {"gradient_steps": 2, "target_update_interval": 512, "exploration_fraction": 0.3}
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm("stable_baselines3:PPO", _BOTH, _PPO),
-    "a2c": Algorithm("stable_baselines3:A2C", _BOTH, {"n_steps": 4, "ent_coef": 0.01}),
+    "ppo": Algorithm("stable_baselines3:PPO", _ALL, _PPO),
+    "a2c": Algorithm("stable_baselines3:A2C", _ALL, {"n_steps": 4, "ent_coef": 0.01}),
     "dqn": Algorithm("stable_baselines3:DQN", _DISCRETE, _Q),
     "qrdqn": Algorithm("sb3_contrib:QRDQN", _DISCRETE, _Q),
-    "trpo": Algorithm("sb3_contrib:TRPO", _BOTH, {"n_steps": 16, "batch_size": 256}),
-    "recurrent_ppo": Algorithm("sb3_contrib:RecurrentPPO", _BOTH, _PPO, "MlpLstmPolicy"),
-    "maskable_ppo": Algorithm("sb3_contrib:MaskablePPO", _DISCRETE, _PPO),
-    "ars": Algorithm("sb3_contrib:ARS", _BOTH, {"n_delta": 8, "n_top": 4, "n_eval_episodes": 64}),
-    "sac": Algorithm("stable_baselines3:SAC", _CONTINUOUS, _REPLAY),
-    "td3": Algorithm("stable_baselines3:TD3", _CONTINUOUS, _REPLAY),
-    "ddpg": Algorithm("stable_baselines3:DDPG", _CONTINUOUS, _REPLAY),
-    "tqc": Algorithm("sb3_contrib:TQC", _CONTINUOUS, _REPLAY),
-    "crossq": Algorithm("sb3_contrib:CrossQ", _CONTINUOUS, _REPLAY),
+    "trpo": Algorithm("sb3_contrib:TRPO", _ALL, {"n_steps": 16, "batch_size": 256}),
+    "recurrent_ppo": Algorithm("sb3_contrib:RecurrentPPO", _ALL, _PPO, "MlpLstmPolicy"),
+    "maskable_ppo": Algorithm("sb3_contrib:MaskablePPO", _CATEGORIES, _PPO),
+    "ars": Algorithm(
+        "sb3_contrib:ARS", _ONE_OR_BOX, {"n_delta": 8, "n_top": 4, "n_eval_episodes": 64}
+    ),
+    "sac": Algorithm("stable_baselines3:SAC", _BOX, _REPLAY),
+    "td3": Algorithm("stable_baselines3:TD3", _BOX, _REPLAY),
+    "ddpg": Algorithm("stable_baselines3:DDPG", _BOX, _REPLAY),
+    "tqc": Algorithm("sb3_contrib:TQC", _BOX, _REPLAY),
+    "crossq": Algorithm("sb3_contrib:CrossQ", _BOX, _REPLAY),
 }
 
 
@@ -88,12 +96,13 @@ def conflicts(config: ExperimentConfig) -> list[str]:
             f"Allowed: {', '.join(ALGORITHMS)}"
         ]
     found = []
-    if config.env.action not in algorithm.actions:
-        fitting = [key for key, item in ALGORITHMS.items() if config.env.action in item.actions]
+    kind = action_kind(config.env.action)
+    if kind not in algorithm.actions:
+        fitting = [key for key, item in ALGORITHMS.items() if kind in item.actions]
         found.append(
-            f"sb3.algo: {name} acts on {algorithm.actions[0]} actions alone, but env.action is "
-            f"'{config.env.action}'; add --env.action {algorithm.actions[0]}, or choose one of "
-            f"{', '.join(fitting)}"
+            f"sb3.algo: {name} acts on {' and '.join(algorithm.actions)} spaces alone, but "
+            f"env.action '{config.env.action}' is {kind}; choose one of {', '.join(fitting)}, or "
+            f"env.action {' or '.join(names_of_kinds(algorithm.actions))}"
         )
     if config.timesteps.min_snr > 0 and name != "maskable_ppo":
         found.append(

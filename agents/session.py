@@ -104,6 +104,9 @@ class Session:
         histograms = {}
         if counts:
             histograms["timestep/histogram"] = np.repeat(self.env.grid.timesteps, counts)
+        layers = metrics.get("layer/counts")
+        if layers:
+            histograms["layer/histogram"] = np.repeat(np.arange(len(layers)), layers)
         self.run.log(step, self.decisions(step), metrics, histograms)
         shown = {"reward": metrics["reward/mean"], "timestep": metrics["timestep/mean"]}
         shown["entropy"] = metrics.get("policy/entropy", metrics["timestep/entropy"])

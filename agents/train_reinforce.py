@@ -8,7 +8,7 @@ Williams, "Simple statistical gradient-following algorithms for connectionist re
 learning", Machine Learning 8, 1992.
 
 Shape letters: N lanes, L steps of a rollout (the episode's length), G lanes of a group,
-D embedding, K grid length.
+D embedding, A choices, m components of an action.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from agents.command_line import guarded, parse
+from repfusion_env.actions import action_kind, names_of_kinds
 from repfusion_env.config_loading import ConfigError
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ DESCRIPTION = (
 def conflicts(config: ExperimentConfig) -> list[str]:
     """What REINFORCE cannot do, one sentence each."""
     found = []
-    if config.env.action != "discrete":
+    fitting = ("Discrete", "MultiDiscrete")
+    kind = action_kind(config.env.action)
+    if kind not in fitting:
         found.append(
-            "env.action: REINFORCE chooses grid indices, so it needs 'discrete'; for "
-            "'continuous' use train_sb3 --algo sac, td3 or tqc"
+            f"env.action: REINFORCE draws from categories, but '{config.env.action}' is a {kind} "
+            f"space; it needs one of {', '.join(names_of_kinds(fitting))}; for this one use "
+            "train_sb3 --algo sac, td3 or tqc"
         )
     if config.reinforce.baseline == "batch" and config.env.num_envs == 1:
         found.append(
@@ -79,7 +83,10 @@ class Reinforce:
         assert shape is not None
         with own_randomness(derive_seed(seed, "policy")):
             valid = torch.from_numpy(env.action_masks()[0])
-            self.policy = CategoricalPolicy(shape, len(valid), self.config, valid).to(env.device)
+            space = env.single_action_space
+            nvec = getattr(space, "nvec", None)  # of MultiDiscrete
+            choices = len(valid) if nvec is None else nvec.tolist()
+            self.policy = CategoricalPolicy(shape, choices, self.config, valid).to(env.device)
             self.value = (
                 make_network(shape, 1, self.config).to(env.device)
                 if self.config.baseline == "value"
@@ -125,7 +132,7 @@ class Reinforce:
 
         Args:
             observations: (L, N, ...).
-            actions: (L, N) int64.
+            actions: (L, N) int64, or (L, N, m).
             rewards: (L, N).
             progress: Part of the run that is done.
 
@@ -139,8 +146,9 @@ class Reinforce:
         flat = observations.flatten(0, 1)
         values = None if self.value is None else self.value(flat)[:, 0].view_as(to_go)
         advantages = self.advantages(to_go, values)
-        log_probabilities = self.policy(flat)  # (L*N, K)
-        chosen = log_probabilities.gather(1, actions.reshape(-1, 1)).view_as(to_go)
+        log_probabilities = self.policy(flat)  # (L*N, A)
+        chosen = self.policy.log_probability(log_probabilities, actions.flatten(0, 1))
+        chosen = chosen.view_as(to_go)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(1).mean()
         policy_loss = -(chosen * advantages).mean()
         loss = policy_loss - self.entropy_weight(progress) * entropy

@@ -30,7 +30,7 @@ PROG = "train_sb3"
 DESCRIPTION = (
     "Train a Stable-Baselines3 policy that chooses the diffusion timestep for each image while the "
     "student is distilled: ppo, a2c, dqn, qrdqn, trpo, recurrent_ppo, maskable_ppo, ars; with "
-    "--env.action continuous also sac, td3, ddpg, tqc, crossq."
+    "--env.action continuous or continuous_timestep also sac, td3, ddpg, tqc, crossq."
 )
 
 
@@ -103,7 +103,7 @@ def train(session: Session) -> None:
         if session.config.sb3.algo == "maskable_ppo":
             keywords["action_masks"] = session.env.action_masks()[:1].repeat(len(observations), 0)
         actions, _ = model.predict(observations.cpu().numpy(), deterministic=True, **keywords)
-        return session.env.grid.indices(torch.as_tensor(actions, device=session.env.device))
+        return torch.as_tensor(actions, device=session.env.device)
 
     remaining = session.decisions(session.config.total_steps) - session.decisions(step)
     with session.progress(step) as progress:

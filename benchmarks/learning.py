@@ -7,11 +7,11 @@ Options beside those of ``--help`` are the training command's, ``--key value``.
 
 For every seed, in a process of its own: the training command ``agents.train_reinforce`` runs as a
 user runs it, and two more students are distilled with as many decisions, the same initial weights,
-images and noise, but under random timesteps and under the best fixed timestep. That is the one with
-the highest held-out reward at the end of the learned run: chosen in hindsight, which a sweep over
-the whole grid would have to pay for.
+images and noise, but under random actions and under the best fixed one (a timestep, or whatever
+``env.action`` chooses). That is the one with the highest held-out reward at the end of the learned
+run: chosen in hindsight, which a sweep over all of them would have to pay for.
 
-Shape letters: N lanes, K grid length.
+Shape letters: N lanes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m benchmarks.learning"
 POLICIES = ("learned", "random", "best fixed")
-Chooser = Callable[[int], "Tensor"]  # from N to grid indices (N,)
+Chooser = Callable[[int], "Tensor"]  # from N to actions (N, ...)
 LABELS = (50, 200)  # of the linear probe, beside all that evaluation.probe_images allows
 
 
@@ -57,14 +57,16 @@ def run_seed(config: dict[str, Any], seed: int, folder: str, threads: int) -> di
         threads: Of the arithmetic.
 
     Returns:
-        JSON-able: ``seed``, ``seconds``, ``timestep`` (best fixed), ``reward`` by policy on the
-        learned run's student, and ``accuracy`` by number of labels and policy.
+        JSON-able: ``seed``, ``seconds``, ``fixed`` (the best fixed action), ``reward`` by policy on
+        the learned run's student, and ``accuracy`` by number of labels and policy.
 
     Raises:
         RuntimeError: The training command failed; the message holds what it said.
     """
     import torch
 
+    from agents.evaluation import random_actions
+    from repfusion_env.actions import arm_actions
     from repfusion_env.envs import RepFusionVectorEnv
 
     started = time.monotonic()
@@ -73,20 +75,20 @@ def run_seed(config: dict[str, Any], seed: int, folder: str, threads: int) -> di
     experiment = check(merge(config, changes))
     run = _train(experiment, Path(folder))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    fixed = {int(t): reward for t, reward in summary["reward"]["fixed"].items()}
-    best = max(fixed, key=lambda timestep: fixed[timestep])
+    fixed = summary["reward"]["fixed"]
+    best = max(fixed, key=lambda label: fixed[label])
 
     env = RepFusionVectorEnv(config=experiment)
     accuracy = {"learned": _probe_saved(env, run / "student.safetensors")}
     generator = torch.Generator(env.device).manual_seed(seed)
-    choices = len(env.grid)
-    index = env.grid.timesteps.index(best)
+    index = [arm.label for arm in env.actions.arms].index(best)
+    arm = arm_actions(env.actions, env.device)[index]
 
     def random(lanes: int) -> Tensor:
-        return torch.randint(choices, (lanes,), generator=generator, device=env.device)
+        return random_actions(env, lanes, generator)
 
     def always(lanes: int) -> Tensor:
-        return torch.full((lanes,), index, dtype=torch.int64, device=env.device)
+        return arm.expand(lanes, *arm.shape)
 
     accuracy["random"] = _distil(env, random, seed)
     accuracy["best fixed"] = _distil(env, always, seed)
@@ -94,7 +96,7 @@ def run_seed(config: dict[str, Any], seed: int, folder: str, threads: int) -> di
     return {
         "seed": seed,
         "seconds": time.monotonic() - started,
-        "timestep": best,
+        "fixed": best,
         "chosen": summary["timestep"],
         "training_seconds": summary["seconds"],
         "reward": reward | {"best fixed": fixed[best]},
@@ -226,7 +228,7 @@ def table(result: dict[str, Any]) -> str:
         f"- {len(runs)} seeds, {result['config']['run']['decisions']:,} decisions each; "
         f"{result['seconds']:.0f} s in all",
         f"- timesteps that the learned policies choose: {steps}",
-        f"- best fixed timestep: {', '.join(str(run['timestep']) for run in runs)}",
+        f"- best fixed action: {', '.join(run['fixed'] for run in runs)}",
         "",
         f"| mean over seeds | {' | '.join(POLICIES)} | learned - random [95 %] | "
         "learned - best fixed [95 %] |",

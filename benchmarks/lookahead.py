@@ -1,6 +1,6 @@
 """Does the look-ahead reward rank timesteps well under every distillation loss?
 
-    python -m benchmarks.lookahead --seeds 3
+    python -m benchmarks.lookahead --seeds 3 --losses hint crd
 
 For each loss a student is distilled at random timesteps; then every (held-out image, timestep) pair
 is judged by the look-ahead reward under each move. Reported per loss and move: Spearman's rank
@@ -36,6 +36,25 @@ LOSSES: dict[str, dict[str, Any]] = {
     "rkd_angle": {"losses": {"rkd_angle": 50.0}},
     "rkd (dense)": {"losses": {"rkd_distance": 25.0, "rkd_angle": 50.0}, "dense": True},
     "hint + cosine": {"losses": {"hint": 1.0, "cosine": 1.0}},
+    "similarity_preserving": {"losses": {"similarity_preserving": 3000.0}},
+    "pkt": {"losses": {"pkt": 30000.0}},
+    "correlation_congruence": {"losses": {"correlation_congruence": 0.02}},
+    "dist": {"losses": {"dist": 1.0}},
+    "vid": {"losses": {"vid": 1.0}},
+    "factor_transfer": {"losses": {"factor_transfer": 200.0}},
+    "infonce": {"losses": {"infonce": 1.0}},
+    "crd": {"losses": {"crd": 0.8}},
+    "hint, pyramid": {"losses": {"hint": 1.0}, "projection": "pyramid"},
+    "hint, pyramid (dense)": {
+        "losses": {"hint": 1.0},
+        "projection": "pyramid",
+        "dense": True,
+    },
+    "DreamTeacher (dense)": {
+        "losses": {"hint": 1.0, "attention": 10.0},
+        "projection": "pyramid",
+        "dense": True,
+    },
 }
 MOVES: dict[str, dict[str, Any]] = {
     "gauss_newton": {"lookahead": "gauss_newton"},
@@ -80,16 +99,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.lookahead", description=SUMMARY)
     parser.add_argument("--seeds", type=int, default=3, help="students per loss (default: 3)")
     parser.add_argument("--steps", type=int, default=400, help="steps of 64 lanes (default: 400)")
+    parser.add_argument(
+        "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS", help="which"
+    )
     arguments = parser.parse_args()
     print("| loss | move | rank correlation with the probe | first timestep |")
     print("| --- | --- | --- | --- |")
     reference: np.ndarray | None = None
-    for name, distillation in LOSSES.items():
+    for name in arguments.losses:
+        distillation = LOSSES[name]
         found: dict[str, list[tuple[float, int]]] = {move: [] for move in MOVES}
         for seed in range(arguments.seeds):
-            env = RepFusionVectorEnv(
-                config="digits", seed=seed, distillation=distillation or "hint"
-            )
+            env = RepFusionVectorEnv(config="digits", seed=seed, distillation=distillation)
             if reference is None:
                 reference = probe_accuracy(env)
             env.reset(seed=seed)

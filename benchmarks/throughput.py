@@ -45,6 +45,7 @@ from benchmarks.timing import (
     ratios,
     spread,
 )
+from repfusion_env.actions.base import Choice
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import check, load_config
@@ -114,10 +115,10 @@ class WatchedTrainer(DistillationTrainer):
 
     seconds = 0.0
 
-    def step(self, ids: Tensor, timesteps: Tensor, visits: Tensor) -> StepResult:
+    def step(self, ids: Tensor, choice: Choice | Tensor, visits: Tensor) -> StepResult:
         """See the trainer. On CUDA the stopwatch sees the queueing alone."""
         started = time.perf_counter()
-        result = super().step(ids, timesteps, visits)
+        result = super().step(ids, choice, visits)
         self.seconds += time.perf_counter() - started
         return result
 

@@ -1,25 +1,20 @@
 """The configuration of an experiment: one frozen dataclass per concern, composed in one.
 
 Values are checked by :mod:`repfusion_env.config_loading`; what the single fields allow stands in
-their types, what they must be together in :func:`conflicts`. This module imports nothing heavy.
+their types, what they must be together in :mod:`repfusion_env.config_rules`. This module imports
+nothing heavy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Strict, StrictBool, StrictStr
 
-from repfusion_env import registry
-from students import registry as students
-
 T = TypeVar("T")
-
-LIBRARIES = ("torchvision", "timm")
 
 Count = Annotated[int, Strict(), Gt(0)]
 Index = Annotated[int, Strict(), Ge(0)]
@@ -52,29 +47,46 @@ class DataConfig:
     image_size: Count | None = option(
         None, "resize to this side in pixels; without it all images must have one size"
     )
+    channels: Literal[1, 3] | None = option(
+        None, "3: grey images as RGB; 1: RGB images as grey; without it as they are"
+    )
     train_limit: Count | None = option(None, "use only the first so many training images")
     heldout_limit: Count | None = option(None, "use only the first so many held-out images")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen diffusion model whose features are distilled."""
+    """The frozen generative model whose features are distilled."""
 
     shorthand: ClassVar[str] = "model"
-    family: StrictStr = option("unet2d", "unet2d (diffusers UNet2DModel), or module:function")
-    model: StrictStr = option("digits", "digits (shipped), a local diffusers folder, or a hub id")
+    family: StrictStr = option(
+        "auto", "auto: by the model's files; or a family's name, or your own as module:function"
+    )
+    model: StrictStr = option("digits", "digits (shipped), a local folder or file, or a hub id")
     revision: StrictStr | None = option(None, "commit, tag or branch of the hub repository")
     layers: tuple[StrictStr, ...] = option(
-        ("mid_block.resnets.1.conv2",), "module paths whose output is the feature; several allowed"
+        (), "module paths whose output is the feature, several allowed; none: the family's own"
     )
+    options: dict[StrictStr, Any] = option({}, "settings that one family has, by their names")
     input: Literal["noised", "clean"] = option(
         "noised", "noised: the scheduler's add_noise at t; clean: the image itself with t"
     )
     noise: Literal["fresh", "fixed"] = option(
         "fresh", "fresh noise at each visit, or one per (seed, image, timestep)"
     )
-    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the teacher's forward")
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "arithmetic of the teacher's forward, and memory of its weights"
+    )
     channels_last: StrictBool = option(False, "memory layout of the teacher's convolutions")
+    offload: Literal["none", "cpu"] = option(
+        "none", "cpu: weights wait in main memory and visit the device layer by layer"
+    )
+    batch_size: Count | None = option(
+        None, "most images in one forward of the teacher; default: all lanes of the step"
+    )
+    image_size: Count | None = option(
+        None, "side in pixels at which the teacher sees the images; default: as they are"
+    )
     standardize: Literal["grid", "timestep"] = option(
         "timestep", "a mean and deviation per channel for each timestep, or one over the whole grid"
     )
@@ -136,11 +148,38 @@ class DistillationConfig:
     shorthand: ClassVar[str] = "losses"
     losses: dict[StrictStr, NonNegative] = option(
         {"hint": 1.0},
-        "weights by name: hint, l1, normalized_l2, cosine, attention, rkd_distance, rkd_angle",
+        "weights by name: hint, l1, normalized_l2, cosine, attention, rkd_distance, rkd_angle, "
+        "similarity_preserving, pkt, correlation_congruence, dist, vid, factor_transfer, infonce, "
+        "crd",
+    )
+    options: dict[StrictStr, dict[StrictStr, Any]] = option(
+        {}, "settings of single losses, e.g. {crd: {temperature: 0.1}}"
     )
     dense: StrictBool = option(False, "match feature maps position by position, not their average")
+    projection: StrictStr = option(
+        "linear", "from student to teacher: linear (1x1 on the last stage), pyramid (all stages)"
+    )
     task_weight: NonNegative = option(
         0.0, "above 0 the task loss reaches the student's backbone too, with this weight"
+    )
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How several timesteps and layers become one target."""
+
+    shorthand: ClassVar[str] = "weights"
+    weights: Literal["fixed", "learned"] = option(
+        "fixed", "fixed: mixture and layers below; learned: by the task loss on the fused feature"
+    )
+    timesteps: tuple[Index, ...] = option(
+        (), "timesteps that are part of every target, beside those that the action chooses"
+    )
+    mixture: tuple[Positive, ...] = option(
+        (), "weights of the chosen timesteps, then of fusion.timesteps; none: equal"
+    )
+    layers: tuple[Positive, ...] = option(
+        (), "weights of the layers' losses, in the order of teacher.layers; none: equal"
     )
 
 
@@ -209,9 +248,10 @@ class EnvConfig:
     num_envs: Count = option(64, "lanes of the vector environment: images per step")
     episode_length: Count = option(1, "decisions per episode; 1 is a contextual bandit")
     group_size: Count = option(1, "neighbouring lanes that hold the same image")
-    action: Literal["discrete", "continuous"] = option(
-        "discrete", "index into the grid, or a number in [0, 1] mapped to it"
+    action: StrictStr = option(
+        "discrete", "what an action chooses: discrete (a timestep of the grid), continuous, ..."
     )
+    set_size: Count = option(3, "timesteps of one action under env.action timestep_set")
 
 
 @dataclass(frozen=True)
@@ -282,6 +322,7 @@ class ExperimentConfig:
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     observation: ObservationConfig = field(default_factory=ObservationConfig)
@@ -295,99 +336,3 @@ class ExperimentConfig:
     def total_steps(self) -> int:
         """Steps of the vector environment in the whole run."""
         return math.ceil(self.run.decisions / self.env.num_envs)
-
-
-def conflicts(config: ExperimentConfig) -> list[str]:
-    """One sentence for each impossible value or combination, each headed by its dotted path."""
-    found: list[str] = []
-
-    def name(path: str, kind: str, value: str, table: Mapping[str, str]) -> None:
-        sentence = registry.complaint(kind, value, table)
-        if sentence:
-            found.append(f"{path}: {sentence}")
-
-    name("task", "task", config.task, registry.TASKS)
-    name("data.name", "data set", config.data.name, registry.DATASETS)
-    name("teacher.family", "teacher family", config.teacher.family, registry.TEACHERS)
-    name("reward.kind", "reward", config.reward.kind, registry.REWARDS)
-    for loss in config.distillation.losses:
-        name("distillation.losses", "loss", loss, registry.LOSSES)
-    if "/" not in config.observation.source:
-        source = config.observation.source
-        name("observation.source", "observation", source, registry.OBSERVATIONS)
-
-    library, slash, _ = config.observation.source.partition("/")
-    if slash and ":" not in config.observation.source and library not in LIBRARIES:
-        found.append(
-            f"observation.source: '{config.observation.source}' names no known library; "
-            f"allowed: {', '.join(f'{known}/<name>' for known in LIBRARIES)}"
-        )
-    if config.observation.source == "pixels" and config.observation.student_state:
-        found.append(
-            "observation.student_state: it is appended to an embedding, so observation.source "
-            "'pixels' has no place for it"
-        )
-    sentence = students.complaint(config.student.name)
-    if sentence:
-        found.append(f"student.name: {sentence[0].lower()}{sentence[1:].rstrip('.')}")
-    if config.data.name in ("npz", "folder", "cifar10") and config.data.path is None:
-        found.append(f"data.path: data.name '{config.data.name}' needs a path")
-    if not config.teacher.layers:
-        found.append("teacher.layers: at least one module path is needed")
-    if not any(config.distillation.losses.values()):
-        found.append("distillation.losses: at least one loss needs a weight above 0")
-    if "attention" in config.distillation.losses and not config.distillation.dense:
-        found.append(
-            "distillation.losses: attention transfer compares maps, so it needs "
-            "distillation.dense true"
-        )
-    found += _grid_conflicts(config.timesteps)
-    if config.env.num_envs % config.env.group_size:
-        found.append(
-            f"env.group_size: {config.env.num_envs} lanes cannot be divided into groups of "
-            f"{config.env.group_size}"
-        )
-    if config.env.num_envs == 1 and config.optimizer.batch_size == 1:
-        found.append(
-            "optimizer.batch_size: one lane and a batch of 1 leave a single sample, which has no "
-            "batch statistics to learn from; give 2 or more"
-        )
-    if config.reinforce.baseline == "group" and config.env.group_size < 2:
-        found.append(
-            "reinforce.baseline: 'group' needs several lanes on one image, so env.group_size "
-            "must be 2 or more"
-        )
-    if config.optimizer.nesterov and (
-        config.optimizer.name != "sgd" or config.optimizer.momentum == 0
-    ):
-        found.append("optimizer.nesterov: needs optimizer.name sgd with a momentum above 0")
-    for path, device in (("device", config.device), ("sb3.device", config.sb3.device)):
-        if not _is_device(device):
-            found.append(f"{path}: '{device}' given; allowed: auto, cpu, cuda, cuda:<index>")
-    return found
-
-
-def _grid_conflicts(timesteps: TimestepConfig) -> list[str]:
-    found = []
-    if timesteps.values is None and timesteps.last < timesteps.first:
-        found.append(
-            f"timesteps.last: {timesteps.last} lies below timesteps.first {timesteps.first}"
-        )
-        return found
-    grid = timesteps.grid()
-    if not grid:
-        found.append("timesteps.values: the grid is empty; at least one timestep is needed")
-    duplicates = sorted({t for t in grid if grid.count(t) > 1})
-    if duplicates and timesteps.values is not None:
-        found.append(f"timesteps.values: {duplicates} stand more than once in the grid")
-    elif duplicates:
-        found.append(
-            f"timesteps.count: {timesteps.count} {timesteps.spacing} timesteps between "
-            f"{timesteps.first} and {timesteps.last} are not all different"
-        )
-    return found
-
-
-def _is_device(name: str) -> bool:
-    kind, _, index = name.partition(":")
-    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from repfusion_env.config import ExperimentConfig, conflicts
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.config_rules import conflicts
 from repfusion_env.registry import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent

@@ -1,6 +1,6 @@
 """Bookkeeping of episodes and decisions.
 
-Shape letters: N lanes, K grid length.
+Shape letters: N lanes, k timesteps of one target, K grid length.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from repfusion_env.actions.base import Choice
 
 
 class Episodes:
@@ -53,30 +55,43 @@ class Episodes:
 
 
 class Decisions:
-    """Which timesteps were chosen, counted on the device.
+    """Which timesteps and layers were chosen, counted on the device.
 
     Args:
-        choices: K.
-        device: Where the indices are.
+        places: K.
+        layers: Layers of the teacher.
+        device: Where the choices are.
         keep_history: Keep the mean reward of every step, for rendering.
     """
 
-    def __init__(self, choices: int, device: torch.device, *, keep_history: bool) -> None:
-        self._choices, self._device, self._keep_history = choices, device, keep_history
+    def __init__(
+        self, places: int, layers: int, device: torch.device, *, keep_history: bool
+    ) -> None:
+        self._places, self._layers = places, layers
+        self._device, self._keep_history = device, keep_history
         self.restart()
 
     def restart(self) -> None:
         """Forget everything."""
-        self.total = torch.zeros(self._choices, dtype=torch.int64, device=self._device)
-        self._since_drain = self.total.clone()
-        self._outside = torch.zeros((), dtype=torch.int64, device=self._device)
+        self.total = self._zeros(self._places)
+        self.layer_total = self._zeros(self._layers)
+        self._since_drain = self._zeros(self._places)
+        self._layers_since_drain = self._zeros(self._layers)
+        self._timestep_sum = self._zeros()
+        self._outside = self._zeros()
         self.history: list[Tensor] = []
 
-    def add(self, indices: Tensor, timesteps: Tensor, reward: Tensor) -> None:
-        """Count the decisions of one step, each (N,)."""
+    def add(self, choice: Choice, reward: Tensor) -> None:
+        """Count the decisions of one step, with their rewards (N,)."""
+        indices = choice.indices.reshape(-1)
         ones = torch.ones_like(indices)
         self.total.index_add_(0, indices, ones)
         self._since_drain.index_add_(0, indices, ones)
+        self._timestep_sum += choice.timesteps.sum()
+        if choice.layers is not None:
+            ones = ones[: len(choice.layers)]
+            self.layer_total.index_add_(0, choice.layers, ones)
+            self._layers_since_drain.index_add_(0, choice.layers, ones)
         if self._keep_history:
             self.history.append(reward.mean())
 
@@ -90,27 +105,54 @@ class Decisions:
         self._outside.zero_()
         return count
 
-    def drain(self, timesteps: tuple[int, ...]) -> dict[str, Any]:
-        """Counts, mean and entropy (nats) of the timesteps chosen since the last call."""
-        counts = self._since_drain.tolist()
-        self._since_drain.zero_()
+    def drain(self, grid: tuple[int, ...]) -> dict[str, Any]:
+        """Counts, mean and entropy (nats) of the timesteps chosen since the last call.
+
+        A timestep between two entries of the grid counts for the nearer one; the mean is exact.
+        Where layers are chosen, their counts and entropy too.
+        """
+        counts, layers = self._since_drain.tolist(), self._layers_since_drain.tolist()
+        timesteps = int(self._timestep_sum)
+        for tensor in (self._since_drain, self._layers_since_drain, self._timestep_sum):
+            tensor.zero_()
         total = sum(counts)
         if not total:
             return {}
+        between = timesteps - sum(count * t for count, t in zip(counts, grid, strict=True))
         share = np.array(counts) / total
-        positive = share[share > 0]
-        return {
-            "timestep/mean": float(share @ np.array(timesteps)),
-            "timestep/entropy": float(-(positive * np.log(positive)).sum()),
+        found: dict[str, Any] = {
+            "timestep/mean": float(share @ np.array(grid)) + between / total,
+            "timestep/entropy": _entropy(share),
             "timestep/counts": counts,
         }
+        if sum(layers):
+            found["layer/entropy"] = _entropy(np.array(layers) / sum(layers))
+            found["layer/counts"] = layers
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, for a resume."""
-        return {"total": self.total, "since_drain": self._since_drain}
+        return {
+            "total": self.total,
+            "since_drain": self._since_drain,
+            "layer_total": self.layer_total,
+            "layers_since_drain": self._layers_since_drain,
+            "timestep_sum": self._timestep_sum,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.restart()
         self.total.copy_(state["total"])
         self._since_drain.copy_(state["since_drain"])
+        self.layer_total.copy_(state["layer_total"])
+        self._layers_since_drain.copy_(state["layers_since_drain"])
+        self._timestep_sum.copy_(state["timestep_sum"])
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self._device)
+
+
+def _entropy(share: np.ndarray) -> float:
+    positive = share[share > 0]
+    return float(-(positive * np.log(positive)).sum())

@@ -36,8 +36,12 @@ class TeacherFeatures:
     Args:
         teacher: The frozen teacher.
         config: Input mode, noise mode and whether features are dense.
-        grid: Where the statistics are measured.
+        grid: Where the statistics are measured, beside ``fusion.timesteps``. Between two of these
+            timesteps mean and deviation are interpolated linearly; beyond the last they stay.
         bank: Training images for the statistics.
+
+    Attributes:
+        shapes: (F, h, w) of each layer for the images of ``bank``.
     """
 
     def __init__(
@@ -48,27 +52,44 @@ class TeacherFeatures:
         self.fixed_noise = config.teacher.noise == "fixed"
         self.dense = config.distillation.dense
         self.per_timestep = config.teacher.standardize == "timestep"
-        # From a timestep to its row of the statistics.
-        self._row = torch.zeros(teacher.num_timesteps, dtype=torch.int64, device=grid.tensor.device)
-        self._row[grid.tensor] = torch.arange(len(grid), device=grid.tensor.device)
+        self.shapes: list[tuple[int, int, int]] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
-        self._statistics = self._measure(grid, bank, config.teacher.standardize_images)
+        points = tuple(dict.fromkeys((*grid.timesteps, *config.fusion.timesteps)))
+        measured = self._measure(
+            torch.tensor(points, device=grid.tensor.device), bank, config.teacher.standardize_images
+        )
+        if self.per_timestep:
+            # One row for every timestep there is, so that a step only looks its rows up.
+            count = teacher.num_timesteps
+            measured = [
+                (_between(m, points, count), _between(d, points, count)) for m, d in measured
+            ]
+        self._statistics = measured
 
     @property
     def widths(self) -> list[int]:
         """Feature width F of each layer."""
-        return [self.teacher.feature_shapes[layer][0] for layer in self.teacher.layers]
+        return [shape[0] for shape in self.shapes]
+
+    def clean(self, bank: ImageBank, ids: Tensor) -> Tensor:
+        """What noise is added to: the images as the teacher encodes them, (N, ...)."""
+        return self.teacher.encode(bank.pixels(ids))
 
     def inputs(
         self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
     ) -> Tensor:
-        """What the teacher sees: the images, with ``input: noised`` after add_noise. (N,C,H,W)."""
-        images = bank.pixels(ids)
+        """What the network sees: encoded images, with ``input: noised`` after add_noise."""
+        return self._noised(self.clean(bank, ids), ids, timesteps, visits, noise_seed)
+
+    def _noised(
+        self, clean: Tensor, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> Tensor:
         if not self.noised:
-            return images
+            return clean
         visits = torch.zeros_like(visits) if self.fixed_noise else visits
-        noise = keyed_noise(bank.shape, noise_seed, ids, timesteps, visits)
-        return self.teacher.add_noise(images, noise, timesteps)
+        channels, height, width = clean.shape[1:]
+        noise = keyed_noise((channels, height, width), noise_seed, ids, timesteps, visits)
+        return self.teacher.add_noise(clean, noise, timesteps)
 
     def __call__(
         self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
@@ -78,34 +99,40 @@ class TeacherFeatures:
         Args:
             bank: Where ``ids`` point.
             ids: ``(N,)`` image ids.
-            timesteps: ``(N,)`` timesteps.
+            timesteps: ``(N,)`` timesteps, any that the teacher has.
             visits: ``(N,)`` keys of fresh noise; see :func:`repfusion_env.noise.keyed_noise`.
             noise_seed: Seed of the noise.
         """
-        inputs = self.inputs(bank, ids, timesteps, visits, noise_seed)
+        return self.at(self.clean(bank, ids), ids, timesteps, visits, noise_seed)
+
+    def at(
+        self, clean: Tensor, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> list[Tensor]:
+        """Features of what :meth:`clean` gave, so that several timesteps encode an image once."""
+        inputs = self._noised(clean, ids, timesteps, visits, noise_seed)
         maps = self.teacher.features(inputs, timesteps)
         features = [maps[layer] for layer in self.teacher.layers]
+        if not self.shapes:
+            self.shapes = [(f.shape[1], f.shape[2], f.shape[3]) for f in features]
         if not self.dense:
             features = [feature.mean((2, 3)) for feature in features]
         if not self._statistics:
             return features
-        rows = self._row[timesteps] if self.per_timestep else torch.zeros_like(timesteps)
+        rows = timesteps if self.per_timestep else torch.zeros_like(timesteps)
         shape = (len(ids), -1, 1, 1) if self.dense else (len(ids), -1)
         return [
             (feature - mean[rows].view(shape)) / deviation[rows].view(shape)
             for feature, (mean, deviation) in zip(features, self._statistics, strict=True)
         ]
 
-    def _measure(
-        self, grid: TimestepGrid, bank: ImageBank, count: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Mean and deviation of each layer, (1, F) over the grid or (K, F) for each timestep."""
+    def _measure(self, points: Tensor, bank: ImageBank, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Mean and deviation of each layer, (1, F) over all points or (points, F) for each."""
         generator = torch.Generator().manual_seed(derive_seed(0, "standardize"))
-        ids = torch.randperm(len(bank), generator=generator)[:count].to(grid.tensor.device)
+        ids = torch.randperm(len(bank), generator=generator)[:count].to(points.device)
         if self.per_timestep:
-            pairs = [(ids, torch.full_like(ids, timestep)) for timestep in grid.timesteps]
+            pairs = [(ids, torch.full_like(ids, int(timestep))) for timestep in points]
         else:
-            pairs = [(ids, grid.tensor.repeat(len(ids) // len(grid) + 1)[: len(ids)])]
+            pairs = [(ids, points.repeat(len(ids) // len(points) + 1)[: len(ids)])]
         rows = [self._moments(bank, ids, timesteps) for ids, timesteps in pairs]
         statistics = []
         for layer in range(len(rows[0])):
@@ -132,6 +159,19 @@ class TeacherFeatures:
                 else:
                     sums[index] = sums[index] + moments
         return sums
+
+
+def _between(rows: Tensor, points: tuple[int, ...], count: int) -> Tensor:
+    """Rows (points, F) interpolated linearly to every timestep, (count, F)."""
+    order = sorted(range(len(points)), key=lambda index: points[index])
+    places = torch.tensor([points[index] for index in order], device=rows.device)
+    values = rows[torch.tensor(order, device=rows.device)]
+    wanted = torch.arange(count, device=rows.device).clamp(int(places[0]), int(places[-1]))
+    below = (torch.searchsorted(places, wanted, right=True) - 1).clamp(0, len(points) - 1)
+    above = (below + 1).clamp_max(len(points) - 1)
+    width = (places[above] - places[below]).clamp_min(1)
+    share = ((wanted - places[below]) / width)[:, None]
+    return torch.lerp(values[below], values[above], share.to(values.dtype))
 
 
 def pooled_layers(features: list[Tensor]) -> Tensor:

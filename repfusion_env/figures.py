@@ -1,6 +1,7 @@
-"""The figures of a run: what was learned, and how well each timestep does.
+"""The figures of a run: what was learned, and how well each fixed action does.
 
-Shape letters: T logging points; K timesteps in the grid.
+Shape letters: T logging points; K timesteps in the grid; A arms (fixed actions), and where they are
+pairs of a timestep and a layer S layers beside A timesteps.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from repfusion_env import plot_style as style
 from repfusion_env.atomic import atomic_file
+from repfusion_env.layer_names import short_names
 
 SHADES = LinearSegmentedColormap.from_list(
     "shades", ["#ffffff", "#d6e6f5", "#7fb2dd", "#2f6db5", "#0f2f5f"]
 )
-# Left edge and width of each panel, as parts of the figure's width.
+# Left edge and width of each panel, as parts of the figure's width; their bottom and height.
 PANELS = ((0.045, 0.25), (0.372, 0.235), (0.715, 0.27))
+BOTTOM, TALL = 0.14, 0.66
+# Of one line for each layer; more layers than colors take shades.
+LINES = (style.BLUE, style.GREEN, "#8e5bb5", "#b0892e", "#2e9aa0", style.RED)
 
 
 def summary_figure(
@@ -31,11 +36,15 @@ def summary_figure(
     reward: np.ndarray,
     counts_over_time: np.ndarray,
     grid: Sequence[int],
-    reward_by_timestep: np.ndarray,
-    learned_counts: np.ndarray,
+    reward_by_arm: np.ndarray,
+    learned_counts: np.ndarray | None,
     learned_reward: float,
     random_reward: float,
     title: str,
+    arms: Sequence[int | str] | None = None,
+    noun: str = "timestep",
+    layers: Sequence[str] = (),
+    layer_counts_over_time: np.ndarray | None = None,
     entropy: np.ndarray | None = None,
     reward_band: np.ndarray | None = None,
 ) -> Figure:
@@ -46,11 +55,16 @@ def summary_figure(
         reward: Mean training reward there, (T,).
         counts_over_time: Choices of each grid entry since the logging point before, (T, K).
         grid: The K timesteps.
-        reward_by_timestep: Held-out mean reward of always choosing that timestep, (K,).
-        learned_counts: The learned policy's choices on the held-out images, (K,).
+        reward_by_arm: Held-out mean reward of always doing the same, (A,), or (A, S) for pairs.
+        learned_counts: The learned policy's choices on the held-out images, (A,); None where they
+            are none of the arms.
         learned_reward: Its held-out mean reward.
         random_reward: The held-out mean reward of uniformly random choices.
         title: Stands above the panels.
+        arms: What the A arms are called; default: the grid's timesteps.
+        noun: What they are.
+        layers: The teacher's layers, where actions choose one.
+        layer_counts_over_time: Choices of each layer since the logging point before, (T, layers).
         entropy: The policy's entropy in nats at each logging point, (T,).
         reward_band: Half the height of a band around the smoothed reward, (T,).
 
@@ -60,12 +74,17 @@ def summary_figure(
         ValueError: Shapes do not fit together.
     """
     places, points = len(grid), len(decisions)
+    arms = grid if arms is None else arms
     _check_shape("counts_over_time", counts_over_time, (points, places))
+    if layer_counts_over_time is not None:
+        _check_shape("layer_counts_over_time", layer_counts_over_time, (points, len(layers)))
     for name, values in (("reward", reward), ("entropy", entropy), ("reward_band", reward_band)):
         if values is not None:
             _check_shape(name, values, (points,))
-    _check_shape("reward_by_timestep", reward_by_timestep, (places,))
-    _check_shape("learned_counts", learned_counts, (places,))
+    series = np.shape(reward_by_arm)[1:]
+    _check_shape("reward_by_arm", reward_by_arm, (len(arms), *series))
+    if learned_counts is not None:
+        _check_shape("learned_counts", learned_counts, (len(arms),))
 
     # Rows that were logged for something else, an evaluation on the way, have neither.
     known = np.isfinite(reward) & np.isfinite(counts_over_time).all(axis=1)
@@ -74,38 +93,68 @@ def summary_figure(
     )
     entropy = None if entropy is None else np.asarray(entropy)[known]
     reward_band = None if reward_band is None else np.asarray(reward_band)[known]
+    if layer_counts_over_time is not None:
+        layer_counts_over_time = np.asarray(layer_counts_over_time)[known]
 
     figure = Figure(figsize=(14.4, 4.4), dpi=150, facecolor=style.PAPER)
     heading = figure.text(0.045, 0.93, title, fontsize=13, color=style.INK, fontweight="bold")
     heading.set_parse_math(False)
-    left, middle, right = (figure.add_axes((x, 0.14, width, 0.66)) for x, width in PANELS)
-    _draw_training(left, decisions, reward, reward_band, entropy)
-    _draw_choices(figure, middle, decisions, counts_over_time, grid)
-    _draw_heldout(right, grid, reward_by_timestep, learned_counts, learned_reward, random_reward)
+    (x_left, left), (x_middle, middle), (x_right, right) = PANELS
+    training = figure.add_axes((x_left, BOTTOM, left, TALL))
+    _draw_training(training, decisions, reward, reward_band, entropy)
+    if layer_counts_over_time is None:
+        axes = figure.add_axes((x_middle, BOTTOM, middle, TALL))
+        _draw_choices(axes, decisions, counts_over_time, grid, "timestep")
+    else:
+        bottom = BOTTOM
+        tall = TALL if places == 1 else 0.3 * TALL
+        axes = figure.add_axes((x_middle, bottom, middle, tall))
+        _draw_choices(axes, decisions, layer_counts_over_time, short_names(layers, 11), "layer")
+        if places > 1:
+            bottom += tall + 0.17 * TALL
+            above = figure.add_axes((x_middle, bottom, middle, BOTTOM + TALL - bottom))
+            _draw_choices(above, decisions, counts_over_time, grid, "timestep")
+            above.set_xlabel("")
+    heldout = figure.add_axes((x_right, BOTTOM, right, TALL))
+    style.style_axes(heldout)
+    noun = noun.partition(",")[0]  # the lines of pairs are named by their layers
+    style.label_axes(heldout, f"Held-out reward by {noun}", noun, "mean reward")
+    if learned_counts is not None:
+        _bars_behind(heldout, np.asarray(learned_counts, dtype=np.float64))
+        style.right_title(heldout, "bars: learned choices", style.ORANGE)
+    _draw_arms(heldout, arms, reward_by_arm, layers, learned_reward, random_reward)
     return figure
 
 
-def reward_by_timestep_figure(
-    grid: Sequence[int], reward: np.ndarray, counts: np.ndarray | None = None
+def reward_by_arm_figure(
+    arms: Sequence[int | str],
+    reward: np.ndarray,
+    counts: np.ndarray | None = None,
+    *,
+    noun: str = "timestep",
+    layers: Sequence[str] = (),
 ) -> Figure:
-    """Mean reward of each grid entry, with how often it was chosen behind it.
+    """Mean reward of each fixed action, with how often it was chosen behind it.
 
     Args:
-        grid: The K timesteps.
-        reward: Mean reward of each, (K,); NaN where it was never tried.
-        counts: Choices of each, (K,).
+        arms: What the A arms are called.
+        reward: Mean reward of each, (A,), or (A, S) for pairs; NaN where it was never tried.
+        counts: Choices of each, (A,).
+        noun: What the arms are.
+        layers: Names of the S layers.
     """
-    _check_shape("reward", reward, (len(grid),))
+    _check_shape("reward", reward, (len(arms), *np.shape(reward)[1:]))
     figure = Figure(figsize=(6.4, 4.0), dpi=110, facecolor=style.PAPER)
     axes = figure.add_axes((0.13, 0.15, 0.82, 0.70))
     style.style_axes(axes)
-    style.label_axes(axes, "Reward by timestep", "timestep", "mean reward")
+    noun = noun.partition(",")[0]
+    style.label_axes(axes, f"Reward by {noun}", noun, "mean reward")
     if counts is not None:
-        _check_shape("counts", counts, (len(grid),))
+        _check_shape("counts", counts, (len(arms),))
         _bars_behind(axes, np.asarray(counts, dtype=np.float64))
         style.right_title(axes, "bars: choices", style.ORANGE)
-    _reward_line(axes, np.asarray(reward, dtype=np.float64))
-    _timestep_axis(axes, grid)
+    _reward_lines(axes, np.asarray(reward, dtype=np.float64), layers)
+    _arm_axis(axes, arms)
     _fit_rewards(axes, np.asarray(reward, dtype=np.float64))
     return figure
 
@@ -149,11 +198,13 @@ def _draw_training(
 
 
 def _draw_choices(
-    figure: Figure, axes: Axes, decisions: np.ndarray, counts: np.ndarray, grid: Sequence[int]
+    axes: Axes, decisions: np.ndarray, counts: np.ndarray, labels: Sequence[int | str], noun: str
 ) -> None:
     style.style_axes(axes)
     axes.grid(visible=False)
-    style.label_axes(axes, "Timesteps chosen over time", "decisions", "timestep")
+    # A layer's name has no room beside it for what it is.
+    y = noun if noun == "timestep" else ""
+    style.label_axes(axes, f"{noun.capitalize()}s chosen over time", "decisions", y)
     # Pooled over neighbouring logging points, or single ones would be noise between pixels.
     groups = np.array_split(np.arange(len(decisions)), max(1, min(len(decisions), 60)))
     groups = [group for group in groups if len(group)]
@@ -163,14 +214,15 @@ def _draw_choices(
     shares = pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1)
     ends = np.array([float(decisions[group[-1]]) for group in groups])
     edges = np.concatenate([[0.0], ends])
-    rows = np.arange(len(grid) + 1) - 0.5
+    rows = np.arange(len(labels) + 1) - 0.5
     mesh = axes.pcolormesh(
         edges, rows, shares.T, cmap=SHADES, vmin=0, vmax=float(np.quantile(shares, 0.998)) or 1.0
     )
-    places, labels = style.grid_ticks(grid, 9)
-    axes.set_yticks(places, labels)
     _decision_axis(axes, decisions)
     box = axes.get_position()
+    axes.set_yticks(*style.grid_ticks(labels, max(2, round(9 * box.height / TALL))))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     strip = figure.add_axes((box.x1 + 0.006, box.y0, 0.006, box.height))
     scale = figure.colorbar(mesh, cax=strip)
     scale.outline.set_visible(False)  # type: ignore[operator]
@@ -179,21 +231,18 @@ def _draw_choices(
     scale.ax.tick_params(labelsize=7.5, labelcolor=style.MUTED, length=0)
 
 
-def _draw_heldout(
+def _draw_arms(
     axes: Axes,
-    grid: Sequence[int],
+    arms: Sequence[int | str],
     reward: np.ndarray,
-    learned_counts: np.ndarray,
+    layers: Sequence[str],
     learned_reward: float,
     random_reward: float,
 ) -> None:
-    style.style_axes(axes)
-    style.label_axes(axes, "Held-out reward by timestep", "timestep", "mean reward")
-    _bars_behind(axes, np.asarray(learned_counts, dtype=np.float64))
-    style.right_title(axes, "bars: learned choices", style.ORANGE)
-    _reward_line(axes, np.asarray(reward, dtype=np.float64))
-    _timestep_axis(axes, grid)
-    levels = np.array([*reward, learned_reward, random_reward], dtype=np.float64)
+    reward = np.asarray(reward, dtype=np.float64)
+    _reward_lines(axes, reward, layers)
+    _arm_axis(axes, arms)
+    levels = np.array([*reward.flat, learned_reward, random_reward])
     _fit_rewards(axes, levels)
     # The higher line carries its label above, the lower one below: they cannot meet.
     above = learned_reward >= random_reward
@@ -215,17 +264,27 @@ def _draw_heldout(
         )
 
 
-def _reward_line(axes: Axes, reward: np.ndarray) -> None:
-    axes.plot(
-        np.arange(len(reward)),
-        reward,
-        color=style.BLUE,
-        linewidth=1.6,
-        marker="o" if len(reward) <= 60 else "",
-        markersize=4,
-        mew=0,
-        zorder=4,
-    )
+def _reward_lines(axes: Axes, reward: np.ndarray, layers: Sequence[str]) -> None:
+    """One line over the arms, or for pairs (A, S) one for each layer."""
+    lines = reward[:, None] if reward.ndim == 1 else reward
+    count = lines.shape[1]
+    shades = [SHADES(0.25 + 0.75 * index / count) for index in range(count)]
+    names = short_names(layers, 22) if reward.ndim == 2 else [""]
+    for index in range(count):
+        axes.plot(
+            np.arange(len(lines)),
+            lines[:, index],
+            color=LINES[index] if count <= len(LINES) else shades[index],
+            linewidth=1.6,
+            marker="o" if len(lines) <= 60 else "",
+            markersize=4,
+            mew=0,
+            zorder=4,
+            label=names[index],
+        )
+    if reward.ndim == 2:
+        shown = axes.legend(frameon=False, fontsize=7.5, labelcolor=style.INK, handlelength=1.2)
+        shown.set_zorder(6)
 
 
 def _bars_behind(axes: Axes, counts: np.ndarray) -> None:
@@ -241,10 +300,14 @@ def _bars_behind(axes: Axes, counts: np.ndarray) -> None:
     twin.set_ylim(0, 2.0 * max(float(shares.max()), 1e-9))
 
 
-def _timestep_axis(axes: Axes, grid: Sequence[int]) -> None:
-    places, labels = style.grid_ticks(grid, 9)
+def _arm_axis(axes: Axes, arms: Sequence[int | str]) -> None:
+    numbers = all(str(arm).isdigit() for arm in arms)
+    places, labels = style.grid_ticks(arms, 9 if numbers else 5)
+    if not numbers:
+        names = short_names([str(arm) for arm in arms], 40 // len(places))
+        labels = [names[place] for place in places]
     axes.set_xticks(places, labels)
-    axes.set_xlim(-0.7, len(grid) - 0.3)
+    axes.set_xlim(-0.7, len(arms) - 0.3)
 
 
 def _decision_axis(axes: Axes, decisions: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What callers hand to the lanes: actions and reset masks, refused in one sentence where wrong.
+"""What callers hand to the lanes: arguments, actions, reset masks; refused in one sentence.
 
 Shape letters: N lanes.
 """
@@ -12,6 +12,23 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+RENDER_MODES = ("rgb_array",)
+SPLITS = ("train", "heldout")
+
+
+def check_arguments(render_mode: str | None, split: str, train_student: bool) -> None:
+    """Refuse what an environment cannot be made with.
+
+    Raises:
+        ValueError: With one sentence.
+    """
+    if render_mode is not None and render_mode not in RENDER_MODES:
+        raise ValueError(f"render_mode: '{render_mode}' given; allowed: None, 'rgb_array'")
+    if split not in SPLITS:
+        raise ValueError(f"split: '{split}' given; allowed: 'train', 'heldout'")
+    if split == "heldout" and train_student:
+        raise ValueError("split: held-out images are never trained on; give train_student=False")
+
 
 def refusal(given: str, lanes: int, space: spaces.Space) -> str:
     """The sentence about actions that are not of ``space``."""
@@ -24,7 +41,8 @@ def action_tensor(actions: Any, lanes: int, space: spaces.Space) -> Tensor:
     Args:
         actions: A tensor, an array or a list.
         lanes: N.
-        space: One lane's space; ``Discrete`` gives int64 (N,), ``Box`` floats (N, 1).
+        space: One lane's space; ``Discrete`` gives int64 (N,), ``MultiDiscrete`` int64 (N, m),
+            ``Box`` floats (N, ...).
 
     Raises:
         ValueError: Another kind or shape.
@@ -39,11 +57,45 @@ def action_tensor(actions: Any, lanes: int, space: spaces.Space) -> Tensor:
     continuous = isinstance(space, spaces.Box)
     is_number = given.dtype != torch.bool and not given.is_complex()
     kind_fits = is_number and given.is_floating_point() == continuous
-    if tuple(given.shape) != ((lanes, 1) if continuous else (lanes,)) or not kind_fits:
+    if tuple(given.shape) != (lanes, *(space.shape or ())) or not kind_fits:
         kind = str(given.dtype).removeprefix("torch.")
         raise ValueError(refusal(f"{kind} {tuple(given.shape)}", lanes, space))
     # torch compares no uint16, uint32 and uint64
     return given if continuous else given.long()
+
+
+class Limits:
+    """The lowest and highest actions of one lane's space.
+
+    Args:
+        space: ``Discrete``, ``MultiDiscrete`` or ``Box``.
+        device: Where actions are clamped.
+    """
+
+    def __init__(self, space: spaces.Space, device: torch.device) -> None:
+        if isinstance(space, spaces.Box):
+            low, high = space.low, space.high
+        elif isinstance(space, spaces.MultiDiscrete):
+            low, high = space.start, space.start + space.nvec - 1
+        elif isinstance(space, spaces.Discrete):
+            low, high = np.asarray(space.start), np.asarray(space.start + space.n - 1)
+        else:
+            raise TypeError(f"{space} given; allowed: Discrete, MultiDiscrete, Box")
+        self._bounds = torch.from_numpy(np.array(low)), torch.from_numpy(np.array(high))
+        self._low, self._high = (bound.to(device) for bound in self._bounds)
+
+    def outside(self, actions: Tensor) -> Tensor:
+        """Which of the actions (N, ...) lie outside the space, (N,) bool, where they are."""
+        low, high = self._bounds if actions.device.type == "cpu" else (self._low, self._high)
+        inside = (actions >= low) & (actions <= high)  # NaN is neither
+        return ~inside.reshape(len(actions), -1).all(1)
+
+    def clamped(self, actions: Tensor) -> Tensor:
+        """The nearest actions of the space, (N, ...), as a new tensor on the device; NaN is low."""
+        low, high = self._low.to(actions.dtype), self._high.to(actions.dtype)
+        if actions.is_floating_point():
+            actions = torch.where(actions.isnan(), low, actions)
+        return actions.clamp(low, high)
 
 
 def reset_mask(options: dict[str, Any] | None, lanes: int, group_size: int) -> np.ndarray:

@@ -1,16 +1,17 @@
 """What one lane's last decision looked like, gathered for drawing.
 
-Shape letters: N lanes, C,H,W image.
+Shape letters: N lanes, k timesteps of one target.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from repfusion_env.actions.base import Choice
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.episodes import Decisions
 from repfusion_env.trainer import DistillationTrainer, StepResult
@@ -18,11 +19,10 @@ from repfusion_env.trainer import DistillationTrainer, StepResult
 
 @dataclass(frozen=True)
 class LaneView:
-    """The last step of all lanes, tensors (N,)."""
+    """The last step of all lanes; tensors (N,)."""
 
     ids: Tensor
-    indices: Tensor
-    timesteps: Tensor
+    choice: Choice
     visits: Tensor
     result: StepResult
 
@@ -35,6 +35,7 @@ def draw_lane(
     decisions: Decisions,
     noise_seed: int,
     lane: int,
+    layered: bool,
 ) -> np.ndarray:
     """One frame, uint8 (height, width, 3).
 
@@ -49,35 +50,45 @@ def draw_lane(
         decisions: Choices so far.
         noise_seed: Seed of the noise of the last step.
         lane: Which lane.
+        layered: Whether actions choose a layer.
     """
     from repfusion_env.rendering import Frame, draw_frame
 
-    grid, parts = trainer.grid_timesteps, trainer.parts
-    counts = decisions.total.cpu().numpy()
+    parts = trainer.parts
+    layers = tuple(parts.teacher.layers)
+    frame = Frame(
+        grid=trainer.grid_timesteps,
+        layers=layers if layered else (),
+        counts=decisions.total.cpu().numpy(),
+        layer_counts=decisions.layer_total.cpu().numpy(),
+    )
     at = slice(lane, lane + 1)
     if last is None:
-        image = bank.pixels(shown[at])[0].cpu().numpy()
-        return draw_frame(Frame(image=image, grid=grid, counts=counts))
-    ids, timesteps = last.ids[at], last.timesteps[at]
-    inputs = parts.features.inputs(bank, ids, timesteps, last.visits[at], noise_seed)
+        return draw_frame(replace(frame, image=bank.pixels(shown[at])[0].cpu().numpy()))
+    choice, ids = last.choice, last.ids[at]
+    timesteps = choice.timesteps[lane]  # (k,)
+    looks = ids.expand(len(timesteps))
+    visits = last.visits[at].expand(len(timesteps))
+    inputs = parts.features.inputs(bank, looks, timesteps, visits, noise_seed)
     maps = parts.teacher.features(inputs, timesteps)
+    layer = None if choice.layers is None else int(choice.layers[lane])
     with torch.no_grad():
         _, pooled = trainer.embed(bank.pixels(ids))
         prediction = int(trainer.student.head(pooled).argmax(1))
     history = torch.stack(decisions.history).cpu().numpy() if decisions.history else np.zeros(0)
     return draw_frame(
-        Frame(
+        replace(
+            frame,
             image=bank.pixels(ids)[0].cpu().numpy(),
-            noised=inputs[0].cpu().numpy(),
-            feature=maps[parts.teacher.layers[-1]][0].cpu().numpy(),
-            grid=grid,
-            counts=counts,
-            chosen=int(last.indices[lane]),
+            noised=inputs.cpu().numpy(),
+            feature=maps[layers[-1 if layer is None else layer]].cpu().numpy(),
+            chosen=tuple(choice.indices[lane].tolist()),
+            layer=layer,
             rewards=history,
-            timestep=int(timesteps[0]),
+            timesteps=tuple(timesteps.tolist()),
             reward=float(last.result.reward[lane]),
             label=bank.classes[int(bank.labels[ids])],
             prediction=bank.classes[prediction],
-            decisions=int(counts.sum()),
+            decisions=int(decisions.total.sum()) // len(timesteps),
         )
     )

@@ -161,7 +161,8 @@ def teacher_embedding(config: ExperimentConfig, parts: FrozenParts) -> Source:
     timestep = config.observation.timestep
 
     def embed(bank: ImageBank, ids: Tensor) -> Tensor:
-        maps = parts.teacher.features(bank.pixels(ids), torch.full_like(ids, timestep))
+        clean = parts.teacher.encode(bank.pixels(ids))
+        maps = parts.teacher.features(clean, torch.full_like(ids, timestep))
         pooled = [maps[layer].mean((2, 3)) for layer in parts.teacher.layers]
         return torch.cat(pooled, dim=1) * 1.0  # a tensor outside inference mode
 

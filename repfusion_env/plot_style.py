@@ -42,8 +42,8 @@ def label_axes(axes: Axes, title: str, x: str = "", y: str = "", *, size: float 
     axes.set_ylabel(y, fontsize=size, color=MUTED)
 
 
-def grid_ticks(grid: Sequence[int], most: int) -> tuple[list[int], list[str]]:
-    """At most ``most`` evenly spaced grid indices, ends included, and their timesteps as labels.
+def grid_ticks(grid: Sequence[int | str], most: int) -> tuple[list[int], list[str]]:
+    """At most ``most`` evenly spaced grid indices, ends included, and their entries as labels.
 
     Charts over the grid place its K entries at 0 ... K - 1, so that bars stay readable where the
     grid's spacing grows.

@@ -24,6 +24,44 @@ DATASETS: dict[str, str] = {
 
 TEACHERS: dict[str, str] = {
     "unet2d": "repfusion_env.teachers.unet2d:load",
+    "unet2d_condition": "repfusion_env.teachers.unet2d_condition:load",
+    "autoencoder_kl": "repfusion_env.teachers.autoencoder_kl:load",
+    "guided_diffusion": "repfusion_env.teachers.guided_diffusion:load",
+    "edm": "repfusion_env.teachers.edm:load",
+    "dit": "repfusion_env.teachers.dit:load",
+    "pixart": "repfusion_env.teachers.pixart:load",
+    "sd3": "repfusion_env.teachers.sd3:load",
+    "flux": "repfusion_env.teachers.flux:load",
+    "timm": "repfusion_env.teachers.timm:load",
+    "gan": "repfusion_env.teachers.gan:load",
+    "flow": "repfusion_env.teachers.flow:load",
+}
+
+# The family of a model by the class that its config.json names, or by a checkpoint's suffix.
+TEACHER_FILES: dict[str, str] = {
+    "UNet2DModel": "unet2d",
+    "UNet2DConditionModel": "unet2d_condition",
+    "AutoencoderKL": "autoencoder_kl",
+    ".pt": "guided_diffusion",
+    "DiTTransformer2DModel": "dit",
+    "Transformer2DModel/ada_norm_zero": "dit",
+    "PixArtTransformer2DModel": "pixart",
+    "Transformer2DModel/ada_norm_single": "pixart",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "timm": "timm",  # a config.json that names an architecture instead of a class
+    "DCGAN": "gan",
+    "Glow": "flow",
+    ".pth": "gan",
+}
+
+ACTIONS: dict[str, str] = {
+    "discrete": "repfusion_env.actions.discrete:DiscreteTimestep",
+    "continuous": "repfusion_env.actions.continuous:NearestTimestep",
+    "continuous_timestep": "repfusion_env.actions.continuous_timestep:ContinuousTimestep",
+    "layer": "repfusion_env.actions.layer:Layer",
+    "timestep_and_layer": "repfusion_env.actions.timestep_and_layer:TimestepAndLayer",
+    "timestep_set": "repfusion_env.actions.timestep_set:TimestepSet",
 }
 
 TASKS: dict[str, str] = {
@@ -31,13 +69,26 @@ TASKS: dict[str, str] = {
 }
 
 LOSSES: dict[str, str] = {
-    "hint": "repfusion_env.losses:hint",
-    "l1": "repfusion_env.losses:l1",
-    "normalized_l2": "repfusion_env.losses:normalized_l2",
-    "cosine": "repfusion_env.losses:cosine",
-    "attention": "repfusion_env.losses:attention_transfer",
-    "rkd_distance": "repfusion_env.losses:rkd_distance",
-    "rkd_angle": "repfusion_env.losses:rkd_angle",
+    "hint": "repfusion_env.losses.differences:hint",
+    "l1": "repfusion_env.losses.differences:l1",
+    "normalized_l2": "repfusion_env.losses.directions:normalized_l2",
+    "cosine": "repfusion_env.losses.directions:cosine",
+    "attention": "repfusion_env.losses.attention:attention_transfer",
+    "rkd_distance": "repfusion_env.losses.rkd:rkd_distance",
+    "rkd_angle": "repfusion_env.losses.rkd:rkd_angle",
+    "similarity_preserving": "repfusion_env.losses.similarity_preserving:similarity_preserving",
+    "pkt": "repfusion_env.losses.pkt:pkt",
+    "correlation_congruence": "repfusion_env.losses.correlation_congruence:correlation_congruence",
+    "dist": "repfusion_env.losses.dist:dist",
+    "vid": "repfusion_env.losses.vid:VariationalInformation",
+    "factor_transfer": "repfusion_env.losses.factor_transfer:FactorTransfer",
+    "infonce": "repfusion_env.losses.infonce:InfoNCE",
+    "crd": "repfusion_env.losses.crd:ContrastiveRepresentation",
+}
+
+PROJECTIONS: dict[str, str] = {
+    "linear": "students.projection:LinearProjections",
+    "pyramid": "students.pyramid:FeaturePyramid",
 }
 
 REWARDS: dict[str, str] = {

@@ -1,10 +1,12 @@
 """What a person sees of the environment: one RGB frame per call of ``render``.
 
-Shape letters: C, H, W image; F, h, w feature map; K timesteps in the grid; T steps so far.
+Shape letters: C, H, W image; F, h, w feature map; K timesteps in the grid; k timesteps of a set;
+T steps so far.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -19,12 +21,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from repfusion_env import plot_style as style
+from repfusion_env.layer_names import short_names, shortened
 
 # Pixels from the frame's left or top.
 WIDTH, HEIGHT, DPI = 1120, 480, 100
 TILE_SIDE, TILE_TOP, TILE_LEFTS = 244, 90, (28, 284, 540)
 CHART_LEFT, CHART_WIDTH, CHART_HEIGHT = 850, 242, 130
 BARS_TOP, CURVE_TOP = TILE_TOP, 298
+LAYERS_PART, GAP_PART = 0.3, 0.1  # of the chart's width, where timesteps and layers share it
 VALUES_TOP, VALUES_APART = 378, 154
 
 EMPTY_TILE = 243
@@ -40,13 +44,17 @@ class Frame:
 
     Attributes:
         grid: The K timesteps of the grid.
+        layers: The teacher's layers, where the action chooses one.
         image: (C, H, W), in [-1, 1].
-        noised: The image at the chosen timestep as the teacher sees it, (C, H, W), about [-1, 1].
-        feature: The teacher's feature map, (F, h, w).
+        noised: The image as the teacher sees it at the k chosen timesteps, (k, C, H, W), about
+            [-1, 1].
+        feature: The teacher's feature maps there, (k, F, h, w).
         counts: Choices so far per grid entry, (K,) whole numbers.
-        chosen: Grid index of the last decision.
+        layer_counts: Choices so far per layer.
+        chosen: Grid indices of the last decision, k of them.
+        layer: Which layer it chose.
         rewards: Mean reward of each step so far, oldest first, (T,).
-        timestep: Timestep of the last decision.
+        timesteps: Timesteps of the last decision, k of them.
         reward: Its reward.
         label: The image's label, as text or number.
         prediction: What the student says it is.
@@ -54,13 +62,16 @@ class Frame:
     """
 
     grid: tuple[int, ...]
+    layers: tuple[str, ...] = ()
     image: np.ndarray | None = None
     noised: np.ndarray | None = None
     feature: np.ndarray | None = None
     counts: np.ndarray | None = None
-    chosen: int | None = None
+    layer_counts: np.ndarray | None = None
+    chosen: tuple[int, ...] = ()
+    layer: int | None = None
     rewards: np.ndarray | None = None
-    timestep: int | None = None
+    timesteps: tuple[int, ...] = ()
     reward: float | None = None
     label: str | int | None = None
     prediction: str | int | None = None
@@ -71,7 +82,7 @@ def draw_frame(frame: Frame) -> np.ndarray:
     """One frame as a new array, uint8 (480, 1120, 3); see :meth:`Renderer.draw`."""
     # The figure behind a grid is set up once and drawn by one thread at a time.
     with _DRAWING:
-        return _renderer(frame.grid).draw(frame)
+        return _renderer(frame.grid, frame.layers).draw(frame)
 
 
 class Renderer:
@@ -79,10 +90,11 @@ class Renderer:
 
     Args:
         grid: The K timesteps of the grid, in the order of the actions.
+        layers: The teacher's layers, where the action chooses one.
     """
 
-    def __init__(self, grid: tuple[int, ...]) -> None:
-        self.grid = tuple(grid)
+    def __init__(self, grid: tuple[int, ...], layers: tuple[str, ...] = ()) -> None:
+        self.grid, self.layers = tuple(grid), tuple(layers)
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor=style.PAPER)
         self._canvas = FigureCanvasAgg(figure)
 
@@ -107,17 +119,30 @@ class Renderer:
                 left + index * VALUES_APART, VALUES_TOP + 36, "", 20, style.INK
             )
 
-        def chart(top: int, title: str, x: str) -> Axes:
+        def chart(top: int, title: str, x: str, start: float = 0.0, part: float = 1.0) -> Axes:
             bottom = 1 - (top + CHART_HEIGHT) / HEIGHT
-            size = (CHART_WIDTH / WIDTH, CHART_HEIGHT / HEIGHT)
-            axes = figure.add_axes((CHART_LEFT / WIDTH, bottom, *size))
+            left = (CHART_LEFT + start * CHART_WIDTH) / WIDTH
+            size = (part * CHART_WIDTH / WIDTH, CHART_HEIGHT / HEIGHT)
+            axes = figure.add_axes((left, bottom, *size))
             style.style_axes(axes)
             style.label_axes(axes, title, x, size=8.5)
             return axes
 
-        self._bars_axes = chart(BARS_TOP, "choices so far", "timestep")
+        self._bars: _Bars | None = None
+        self._layer_bars: _Bars | None = None
+        shared = len(self.grid) > 1 and bool(self.layers)
+        if len(self.grid) > 1 or not self.layers:
+            part = 1 - LAYERS_PART - GAP_PART if shared else 1.0
+            axes = chart(BARS_TOP, "choices so far", "timestep", part=part)
+            axes.set_xticks(*style.grid_ticks(self.grid, 4 if shared else 7))
+            self._bars = _Bars(axes, len(self.grid), part)
+        if self.layers:
+            part = LAYERS_PART if shared else 1.0
+            title = "" if shared else "choices so far"
+            axes = chart(BARS_TOP, title, "layer", start=1 - part, part=part)
+            axes.set_xticks(*_layer_ticks(self.layers, part))
+            self._layer_bars = _Bars(axes, len(self.layers), part)
         self._curve_axes = chart(CURVE_TOP, "reward", "step")
-        self._set_up_bars()
         self._set_up_curve()
 
     def draw(self, frame: Frame) -> np.ndarray:
@@ -127,66 +152,59 @@ class Renderer:
             A new array, uint8 (480, 1120, 3).
 
         Raises:
-            ValueError: ``frame`` is over another grid.
+            ValueError: ``frame`` is over another grid or other layers.
         """
         if frame.grid != self.grid:
             raise ValueError(
                 f"the frame's grid of {len(frame.grid)} timesteps is not the renderer's of "
                 f"{len(self.grid)}"
             )
+        if frame.layers != self.layers:
+            raise ValueError(
+                f"the frame's {len(frame.layers)} layers are not the renderer's {len(self.layers)}"
+            )
         self._update_text(frame)
-        self._update_bars(frame)
+        if self._bars is not None:
+            self._bars.update(frame.counts, frame.chosen)
+        if self._layer_bars is not None:
+            chosen = () if frame.layer is None else (frame.layer,)
+            self._layer_bars.update(frame.layer_counts, chosen)
         self._update_curve(frame)
         self._canvas.draw()
         pixels = np.array(self._canvas.buffer_rgba())[..., :3].copy()
-        feature = None if frame.feature is None else feature_colors(frame.feature)
-        tiles = (image_colors(frame.image), image_colors(frame.noised), feature)
-        for left, tile in zip(TILE_LEFTS, tiles, strict=True):
-            _fill(pixels[TILE_TOP : TILE_TOP + TILE_SIDE, left : left + TILE_SIDE], tile)
+        image = [] if frame.image is None else [image_colors(frame.image)]
+        noised = [] if frame.noised is None else [image_colors(one) for one in frame.noised]
+        feature = [] if frame.feature is None else _feature_tiles(frame.feature)
+        for left, tiles in zip(TILE_LEFTS, (image, noised, feature), strict=True):
+            place = pixels[TILE_TOP : TILE_TOP + TILE_SIDE, left : left + TILE_SIDE]
+            place[:] = EMPTY_TILE
+            for part, tile in zip(_parts(place, len(tiles)), tiles, strict=True):
+                _fill(part, tile)
         return pixels
 
     def _update_text(self, frame: Frame) -> None:
         reward = None if frame.reward is None else f"{frame.reward:.3f}"
         values = {
             "decision": None if frame.decisions is None else f"{frame.decisions:,}",
-            "timestep": frame.timestep,
+            "timestep": ", ".join(map(str, frame.timesteps)) or None,
             "reward": reward and reward.replace("-", "\N{MINUS SIGN}"),
             "label": frame.label,
             "student says": frame.prediction,
         }
         for name, value in values.items():
-            self._values[name].set_text("–" if value is None else _shortened(str(value)))
+            # A set of timesteps needs more room than a number.
+            wide = name == "timestep" and len(frame.timesteps) > 1
+            shown = "–" if value is None else str(value)
+            self._values[name].set_text(shortened(shown, 22) if wide else _shortened(shown))
+            self._values[name].set_fontsize(20 if len(shown) <= 10 or not wide else 12)
         known = frame.label is not None and frame.prediction is not None
         right = str(frame.label) == str(frame.prediction)
         color = (style.GREEN if right else style.RED) if known else style.INK
         self._values["student says"].set_color(color)
-        at = "" if frame.timestep is None else f" at t = {frame.timestep}"
-        self._titles[1].set_text(f"noised{at}")
-
-    def _set_up_bars(self) -> None:
-        axes, count = self._bars_axes, len(self.grid)
-        places, labels = style.grid_ticks(self.grid, 7)
-        axes.set_xticks(places, labels)
-        axes.set_xlim(-0.5 - 0.02 * count, count - 0.5 + 0.02 * count)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-        points_apart = CHART_WIDTH / (1.04 * count) * 72 / DPI
-        self._bars = LineCollection([], linewidths=max(0.75 * points_apart, 0.8), capstyle="butt")
-        axes.add_collection(self._bars)
-        [self._marker] = axes.plot([], [], "v", color=style.ORANGE, markersize=6, mew=0)
-
-    def _update_bars(self, frame: Frame) -> None:
-        count = len(self.grid)
-        heights = np.zeros(count) if frame.counts is None else np.asarray(frame.counts)
-        self._bars.set_segments([[(x, 0), (x, heights[x])] for x in range(count)])
-        colors = [style.BLUE] * count
-        top = max(float(heights.max()), 1.0)
-        marked: list[tuple[float, float]] = []
-        if frame.chosen is not None:
-            colors[frame.chosen] = style.ORANGE
-            marked = [(frame.chosen, heights[frame.chosen] + 0.09 * top)]
-        self._bars.set_color(colors)
-        self._bars_axes.set_ylim(0, 1.18 * top)
-        self._marker.set_data([x for x, _ in marked], [y for _, y in marked])
+        at = f" at t = {values['timestep']}" if frame.timesteps else ""
+        self._titles[1].set_text(f"noised{shortened(at, 32)}")
+        of = "teacher" if frame.layer is None else short_names(self.layers, 17)[frame.layer]
+        self._titles[2].set_text(f"{of} feature (PCA)")
 
     def _set_up_curve(self) -> None:
         axes = self._curve_axes
@@ -211,10 +229,31 @@ class Renderer:
         self._curve_axes.set_xlim(-0.02 * max(count, 10), 1.02 * max(count, 10))
 
 
-def image_colors(image: np.ndarray | None) -> np.ndarray | None:
+class _Bars:
+    """A bar for each of ``count`` choices, the chosen ones orange and marked."""
+
+    def __init__(self, axes: Axes, count: int, part: float) -> None:
+        self._axes, self._count = axes, count
+        axes.set_xlim(-0.5 - 0.02 * count, count - 0.5 + 0.02 * count)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        points_apart = part * CHART_WIDTH / (1.04 * count) * 72 / DPI
+        self._bars = LineCollection([], linewidths=max(0.75 * points_apart, 0.8), capstyle="butt")
+        axes.add_collection(self._bars)
+        [self._marker] = axes.plot([], [], "v", color=style.ORANGE, markersize=6, mew=0)
+
+    def update(self, counts: np.ndarray | None, chosen: tuple[int, ...]) -> None:
+        heights = np.zeros(self._count) if counts is None else np.asarray(counts)
+        self._bars.set_segments([[(x, 0), (x, heights[x])] for x in range(self._count)])
+        top = max(float(heights.max()), 1.0)
+        self._bars.set_color(
+            [style.ORANGE if x in chosen else style.BLUE for x in range(self._count)]
+        )
+        self._axes.set_ylim(0, 1.18 * top)
+        self._marker.set_data(list(chosen), [heights[x] + 0.09 * top for x in chosen])
+
+
+def image_colors(image: np.ndarray) -> np.ndarray:
     """An image (C, H, W) in [-1, 1] as uint8 (H, W, 3); values outside are clipped."""
-    if image is None:
-        return None
     pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
     pixels = pixels[:3] if pixels.shape[0] >= 3 else np.repeat(pixels[:1], 3, axis=0)
     return ((pixels.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
@@ -250,15 +289,36 @@ def feature_colors(feature: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _renderer(grid: tuple[int, ...]) -> Renderer:
-    return Renderer(grid)
+def _renderer(grid: tuple[int, ...], layers: tuple[str, ...]) -> Renderer:
+    return Renderer(grid, layers)
 
 
-def _fill(place: np.ndarray, tile: np.ndarray | None) -> None:
+def _layer_ticks(layers: tuple[str, ...], part: float) -> tuple[list[int], list[str]]:
+    """The layers' names where there is room for them, else their numbers."""
+    room = int(36 * part) // len(layers)
+    if room >= 8:
+        return list(range(len(layers))), short_names(layers, room)
+    return style.grid_ticks(range(len(layers)), 7 if part == 1 else 4)
+
+
+def _feature_tiles(features: np.ndarray) -> list[np.ndarray]:
+    """Maps (k, F, h, w) as k pictures in colors of the same meaning."""
+    side_by_side = np.concatenate(list(features), axis=2)  # (F, h, k * w)
+    return np.split(feature_colors(side_by_side), len(features), axis=1)
+
+
+def _parts(place: np.ndarray, count: int) -> list[np.ndarray]:
+    """Squares of ``place`` (side, side, 3) for ``count`` pictures, row by row."""
+    across = math.ceil(math.sqrt(count))
+    if across <= 1:
+        return [place] * count
+    side, gap = (place.shape[0] - 4 * (across - 1)) // across, 4
+    corners = [divmod(index, across) for index in range(count)]
+    return [place[y * (side + gap) :][:side, x * (side + gap) :][:, :side] for y, x in corners]
+
+
+def _fill(place: np.ndarray, tile: np.ndarray) -> None:
     """Scale ``tile`` (H, W, 3) into ``place`` (side, side, 3), centred, proportions kept."""
-    place[:] = EMPTY_TILE
-    if tile is None:
-        return
     side = place.shape[0]
     factor = side / max(tile.shape[:2])
     height, width = (max(1, round(length * factor)) for length in tile.shape[:2])

@@ -3,7 +3,7 @@
 Each rule is a function of a :class:`Measurement`; what it needs measured stands beside it, so that
 the trainer runs no forward whose result nobody reads.
 
-Shape letters: N lanes, S student width, F teacher width (all layers together), H,W positions.
+Shape letters: N lanes, L teacher layers, S student width, F teacher width, H,W positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from repfusion_env.config import RewardConfig
 from repfusion_env.losses import DistillationLoss
-from students import Projection
 
 
 @dataclass(frozen=True)
@@ -25,26 +24,36 @@ class Measurement:
 
     Attributes:
         student: Student features after the step's update, in inference mode: ``(N, S)``, or
-            ``(N, S, H, W)`` for dense distillation. None unless the rule asks for it.
-        teacher: Standardised teacher features per layer on the student's positions.
-        projections: From the student's width to each layer's.
+            ``(N, S, H, W)`` where positions matter. None unless the rule asks for it.
+        teacher: Targets per layer, at the resolution at which they are matched.
+        project: From features as in ``student`` to every layer's; what the student's other stages
+            add is fixed per lane.
+        jacobians: Derivatives (F, S) of ``project`` per layer where they are the same everywhere;
+            None otherwise.
         loss: The configured distillation loss.
         task_losses: Task loss per lane of student features as given in ``student``.
         loss_before: Task loss before the update (N,).
         loss_after: Task loss after the update (N,), or None.
         probe_loss: Loss of the task head on the teacher's feature (N,), or None.
         config: Damping, eta, kind of look-ahead.
+        ids: (N,) images of the training bank; None for others.
+        weights: Of the layers' losses, (L,) or per lane (N, L), of sum 1; None: equal.
+        chosen: (N,) the only layer that counts for a lane; None: all of them.
     """
 
     student: Tensor | None
     teacher: list[Tensor]
-    projections: list[Projection]
+    project: Callable[[Tensor], list[Tensor]]
+    jacobians: list[Tensor] | None
     loss: DistillationLoss
     task_losses: Callable[[Tensor], Tensor]
     loss_before: Tensor
     loss_after: Tensor | None
     probe_loss: Tensor | None
     config: RewardConfig
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,13 @@ class RewardRule:
 def look_ahead(measured: Measurement) -> Tensor:
     """The student feature that distilling each lane's teacher feature leads to.
 
-    For squared residuals (``hint``) the damped Gauss-Newton move (Levenberg 1944, Marquardt 1963)
-    ``h' = h - J^T (J J^T + lambda I)^-1 (P(h) - z)`` with the projection's weight as J, all layers
-    stacked; on dense features the same move at each position. ``l1`` has the same minimiser and
-    takes the same move. Any other loss ``l`` is one residual ``sqrt(2 l)`` per sample, whose
-    Gauss-Newton move is ``h' = h - 2 l g / (|g|^2 + 2 lambda l)``, ``g`` the gradient of ``l``.
+    For squared residuals (``hint``) of a linear projection the damped Gauss-Newton move (Levenberg
+    1944, Marquardt 1963) ``h' = h - J^T (J J^T + lambda I)^-1 (P(h) - z)`` with the projection's
+    weight as J, all layers stacked and each scaled by the root of its weight (1 on average), or the
+    lane's chosen layer alone; on dense features the same move at each position. ``l1`` has the same
+    minimiser and takes the same move. Any other loss ``l``, or any loss behind another projection,
+    is one residual ``sqrt(2 l)`` per sample, whose Gauss-Newton move is
+    ``h' = h - 2 l g / (|g|^2 + 2 lambda l)``, ``g`` the gradient of ``l``.
     With ``lookahead: gradient`` the move is ``-eta * g``, scaled by the number of residuals so that
     it does not shrink with the feature's width.
 
@@ -82,50 +93,101 @@ def look_ahead(measured: Measurement) -> Tensor:
         Features of the shape of ``measured.student``.
     """
     if measured.config.lookahead == "gauss_newton":
-        if measured.loss.names <= {"hint", "l1"}:
-            return _residual_move(measured)
+        if measured.jacobians is not None and measured.loss.names <= {"hint", "l1"}:
+            return _residual_move(measured, measured.jacobians)
         return _scalar_move(measured)
     _, gradient = _loss_gradient(measured)
     assert measured.student is not None
     return measured.student - measured.config.eta * gradient
 
 
-def _residual_move(measured: Measurement) -> Tensor:
-    h = measured.student
+def _residual_move(measured: Measurement, jacobians: list[Tensor]) -> Tensor:
+    h, weights, damping = measured.student, measured.weights, measured.config.damping
     assert h is not None
-    jacobian = torch.cat([projection.weight for projection in measured.projections])  # (F, S)
-    residual = torch.cat(
-        [p(h) - z for p, z in zip(measured.projections, measured.teacher, strict=True)], dim=1
-    )
-    eye = torch.eye(min(jacobian.shape), dtype=jacobian.dtype, device=h.device)
-    damping = measured.config.damping * eye
+    residuals = [p - z for p, z in zip(measured.project(h), measured.teacher, strict=True)]
+    if measured.chosen is not None:
+        pairs = zip(jacobians, residuals, strict=True)
+        steps = torch.stack([_step(_damped(jacobian, damping), r) for jacobian, r in pairs])
+        return h - steps[measured.chosen, torch.arange(len(h), device=h.device)]
+    if weights is not None and weights.ndim == 2:
+        return h - _weighted_step(jacobians, residuals, weights * len(residuals), damping)
+    if weights is not None:
+        roots = (weights * len(residuals)).sqrt()
+        jacobians = [jacobian * root for jacobian, root in zip(jacobians, roots, strict=True)]
+        residuals = [residual * root for residual, root in zip(residuals, roots, strict=True)]
+    return h - _step(_damped(torch.cat(jacobians), damping), torch.cat(residuals, dim=1))
+
+
+def _damped(jacobian: Tensor, damping: float) -> Tensor:
+    """``J^T (J J^T + lambda I)^-1``, (F, S) -> (S, F)."""
+    eye = damping * torch.eye(min(jacobian.shape), dtype=jacobian.dtype, device=jacobian.device)
     # J^T (J J^T + l I)^-1 = (J^T J + l I)^-1 J^T; the smaller matrix is factored. cholesky_ex does
     # not wait for the device to report success, and the damped matrix is positive definite.
     if jacobian.shape[0] <= jacobian.shape[1]:
-        factor, _ = torch.linalg.cholesky_ex(jacobian @ jacobian.T + damping)
-        move = torch.cholesky_solve(jacobian, factor).T  # (S, F)
+        factor, _ = torch.linalg.cholesky_ex(jacobian @ jacobian.T + eye)
+        return torch.cholesky_solve(jacobian, factor).T
+    factor, _ = torch.linalg.cholesky_ex(jacobian.T @ jacobian + eye)
+    return torch.cholesky_solve(jacobian.T, factor)
+
+
+def _step(move: Tensor, residual: Tensor) -> Tensor:
+    """(S, F) applied to (N, F), or at each position of (N, F, H, W)."""
+    if residual.ndim == 4:
+        return torch.einsum("sf,nfhw->nshw", move, residual)
+    return residual @ move.T
+
+
+def _weighted_step(
+    jacobians: list[Tensor], residuals: list[Tensor], weights: Tensor, damping: float
+) -> Tensor:
+    """The step where each lane weighs the layers by its own ``weights`` (N, L)."""
+    jacobian, residual = torch.cat(jacobians), torch.cat(residuals, dim=1)
+    lanes, positions = len(residual), residual.shape[2:]
+    columns = [w[:, None].expand(-1, len(j)) for w, j in zip(weights.T, jacobians, strict=True)]
+    roots = torch.cat(columns, dim=1).sqrt()  # (N, F)
+    residual = residual.reshape(lanes, len(jacobian), -1) * roots[:, :, None]  # (N, F, H*W)
+    eye = damping * torch.eye(min(jacobian.shape), dtype=jacobian.dtype, device=jacobian.device)
+    if jacobian.shape[0] <= jacobian.shape[1]:
+        gram = roots[:, :, None] * (jacobian @ jacobian.T) * roots[:, None]
+        factor, _ = torch.linalg.cholesky_ex(gram + eye)
+        solved = torch.cholesky_solve(residual, factor)
+        step = jacobian.T @ (solved * roots[:, :, None])
     else:
-        factor, _ = torch.linalg.cholesky_ex(jacobian.T @ jacobian + damping)
-        move = torch.cholesky_solve(jacobian.T, factor)  # (S, F)
-    if h.ndim == 4:
-        return h - torch.einsum("sf,nfhw->nshw", move, residual)
-    return h - residual @ move.T
+        grams = torch.stack([j.T @ j for j in jacobians])
+        factor, _ = torch.linalg.cholesky_ex(torch.einsum("nl,lst->nst", weights, grams) + eye)
+        step = torch.cholesky_solve(jacobian.T @ (residual * roots[:, :, None]), factor)
+    return step.reshape(lanes, jacobian.shape[1], *positions)
 
 
 def _loss_gradient(measured: Measurement) -> tuple[Tensor, Tensor]:
     """Loss per lane (N,) and its gradient by the lane's own feature."""
     assert measured.student is not None
     fixed = measured.student.detach()
+    counts = [z[0].numel() for z in measured.teacher]
+    lanes = torch.arange(len(fixed), device=fixed.device)
+    # Related samples stay where they are: this lane's move is its own timestep's doing.
+    still = [p.detach() for p in measured.project(fixed)] if measured.teacher[0].ndim == 2 else None
     with torch.enable_grad():
         h = fixed.clone().requires_grad_()
-        total = torch.zeros(h.shape[0], device=h.device)
-        for projection, z in zip(measured.projections, measured.teacher, strict=True):
-            # Related samples stay where they are: this lane's move is its own timestep's doing.
-            anchors = (projection(fixed).detach(), z) if h.ndim == 2 else None
-            total = total + measured.loss(projection(h), z, anchors)
+        losses = []
+        for index, (p, z) in enumerate(zip(measured.project(h), measured.teacher, strict=True)):
+            anchors = None if still is None else (still[index], z)
+            losses.append(measured.loss.layer(index, p, z, anchors=anchors, ids=measured.ids))
+        if measured.chosen is not None:
+            total = torch.stack(losses)[measured.chosen, lanes]
+        elif measured.weights is not None:
+            total = (torch.stack(losses, 1) * measured.weights).sum(1) * len(losses)
+        else:
+            total = sum(losses[1:], losses[0])
         (gradient,) = torch.autograd.grad(total.sum(), h)
-    residuals = sum(z[0].numel() for z in measured.teacher)
-    return total.detach() * residuals, gradient * residuals
+    total = total.detach()
+    if measured.chosen is None:
+        return total * sum(counts), gradient * sum(counts)
+    # Selected by comparison: a table of the counts would have to be sent to the device each step.
+    residuals = torch.zeros_like(total)
+    for index, count in enumerate(counts):
+        residuals = residuals + count * (measured.chosen == index)
+    return total * residuals, gradient * residuals.view(-1, *[1] * (gradient.ndim - 1))
 
 
 def _scalar_move(measured: Measurement) -> Tensor:

@@ -6,18 +6,20 @@ Shape letters: B samples, C,H,W image, S student width, h,w its last map.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from repfusion_env.config import ExperimentConfig, OptimizerConfig
 from repfusion_env.frozen import FrozenParts
+from repfusion_env.registry import PROJECTIONS, look_up
 from repfusion_env.tasks import Task
-from students import Projection, build_backbone
+from students import Backbone, Projections, build_backbone
 
 
 class Student(nn.Module):
-    """Backbone, one projection per teacher layer, task head, and the head on teacher features."""
+    """Backbone, projection to the teacher's layers, task head, and the head on teacher features."""
 
     def __init__(self, config: ExperimentConfig, parts: FrozenParts, task: Task) -> None:
         super().__init__()
@@ -28,23 +30,56 @@ class Student(nn.Module):
             image_size=size,
             pretrained=config.student.pretrained,
         )
-        width, widths = self.backbone.feature_channels, parts.features.widths
-        self.projections = nn.ModuleList(Projection(width, teacher) for teacher in widths)
-        self.head = task.head(width)
-        self.probe = task.head(sum(widths), config.reward.probe_hidden)
+        stages = _stage_shapes(self.backbone, parts.train.shape)
+        name = config.distillation.projection
+        self.projections: Projections = look_up("projection", name, PROJECTIONS)(
+            stages, parts.features.shapes
+        )
+        self.head = task.head(self.backbone.feature_channels)
+        self.probe = task.head(sum(parts.features.widths), config.reward.probe_hidden)
 
-    def features(self, images: Tensor) -> Tensor:
-        """The last stage's map, (B, C, H, W) -> (B, S, h, w) float32."""
-        return self.backbone(images)[self.backbone.stages[-1]].float()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps that the projection reads, shallow to deep; the last one is the feature.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            float32 maps, at least that of the last stage, (B, S, h, w).
+        """
+        maps = self.backbone(images)
+        stages = self.backbone.stages if self.projections.all_stages else self.backbone.stages[-1:]
+        return [maps[stage].float() for stage in stages]
 
 
-def make_optimizer(student: Student, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups: backbone with projections, and the heads."""
+@torch.no_grad()
+def _stage_shapes(backbone: Backbone, shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """(C, H, W) of each stage's map for images of ``shape``."""
+    training = backbone.training
+    maps = backbone.eval()(torch.zeros(1, *shape))
+    backbone.train(training)
+    found = [maps[stage].shape for stage in backbone.stages]
+    return [(width, height, wide) for _, width, height, wide in found]
+
+
+def make_optimizer(
+    student: Student,
+    config: OptimizerConfig,
+    loss: Iterable[nn.Parameter] = (),
+    fusion: Iterable[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over two groups: backbone with projections, and the heads.
+
+    Args:
+        student: Whose parameters are trained.
+        config: Which optimizer, and its settings.
+        loss: What the distillation loss learns; it goes with the projections.
+        fusion: The learned weights of the fusion; they go with the heads, whose loss trains them.
+    """
     rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
-    groups = [
-        {"params": [*student.backbone.parameters(), *student.projections.parameters()], "lr": rate},
-        {"params": [*student.head.parameters(), *student.probe.parameters()], "lr": head_rate},
-    ]
+    body = [*student.backbone.parameters(), *student.projections.parameters(), *loss]
+    heads = [*student.head.parameters(), *student.probe.parameters(), *fusion]
+    groups = [{"params": body, "lr": rate}, {"params": heads, "lr": head_rate}]
     for group in groups:
         group["base_lr"] = group["lr"]
     if config.name == "sgd":

@@ -6,9 +6,8 @@ width of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +15,28 @@ import torch
 from torch import Tensor
 
 from repfusion_env import registry
+from repfusion_env.actions.base import Choice
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.device_means import DeviceMeans
-from repfusion_env.features import pooled_layers, resized
 from repfusion_env.frozen import FrozenParts
-from repfusion_env.losses import DistillationLoss
+from repfusion_env.fusion import Fusion, Targets, probe_input
+from repfusion_env.losses import DistillationLoss, FeatureShape
+from repfusion_env.measuring import (
+    finite_reward,
+    layer_losses,
+    matched_feature,
+    on_student_grid,
+    projected,
+)
 from repfusion_env.noise import derive_seed, own_randomness
+from repfusion_env.recent import RecentDecisions
 from repfusion_env.rewards import Measurement, RewardRule
-from repfusion_env.student import Student, learning_rate_factor, make_optimizer
-from repfusion_env.student_buffers import restore_buffers, snapshot_buffers
+from repfusion_env.student import Student
 from repfusion_env.tasks import Task
+from repfusion_env.updates import NonFiniteError, Updates
 
-
-class NonFiniteError(RuntimeError):
-    """The loss was not finite for too many steps in a row."""
+__all__ = ["DistillationTrainer", "NonFiniteError", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -74,28 +80,26 @@ class DistillationTrainer:
         self.heldout_rule: RewardRule = registry.look_up(
             "reward", self.heldout_reward, registry.REWARDS
         )
-        self.loss = DistillationLoss(config.distillation.losses)
+        self.dense = config.distillation.dense
         self.reset(config.seed)
 
     def reset(self, seed: int) -> None:
         """Start over: new student, optimizer, averages and counters, all from ``seed``."""
+        config, parts = self.config, self.parts
         self.seed = seed
         # The caller's random state is none of our business, and ours none of the caller's.
         with own_randomness(derive_seed(seed, "student")):
-            student = Student(self.config, self.parts, self.task)
-        layout = (
-            torch.channels_last if self.config.student.channels_last else torch.contiguous_format
-        )
+            student = Student(config, parts, self.task)
+        layout = torch.channels_last if config.student.channels_last else torch.contiguous_format
         self.student = student.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.average = (
-            deepcopy(self.student).requires_grad_(False).eval() if self.config.student.ema else None
-        )
-        self.optimizer = make_optimizer(self.student, self.config.optimizer)
+        with own_randomness(derive_seed(seed, "loss")):
+            self.loss = DistillationLoss(config.distillation, self._loss_shapes()).to(self.device)
+        self._loss_learns = any(True for _ in self.loss.parameters())
+        self.fusion = Fusion(config, parts.teacher.layers, parts.grid, parts.teacher.num_timesteps)
+        self.updates = Updates(config, self.student, self.loss, self.fusion, self.device)
+        self.recent = RecentDecisions(config.optimizer.batch_size)
         self.steps = 0
         self.metrics = DeviceMeans(self.device)
-        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._recent: tuple[Tensor, list[Tensor]] | None = None
 
     @property
     def grid_timesteps(self) -> tuple[int, ...]:
@@ -118,6 +122,16 @@ class DistillationTrainer:
         return min(1.0, self.steps / self.config.total_steps)
 
     @property
+    def average(self) -> Student | None:
+        """The averaged student, where there is one."""
+        return self.updates.average
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of student, projection, heads, and what loss and fusion learn."""
+        return self.updates.optimizer
+
+    @property
     def evaluation_student(self) -> Student:
         """The averaged student where there is one, else the student."""
         return self.average if self.average is not None else self.student
@@ -125,12 +139,12 @@ class DistillationTrainer:
     # Callers act without gradients, some inside no_grad or inference_mode; the student learns.
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def step(self, ids: Tensor, timesteps: Tensor, visits: Tensor) -> StepResult:
-        """Distil N images at their timesteps, update the student, and measure the rewards.
+    def step(self, ids: Tensor, choice: Choice | Tensor, visits: Tensor) -> StepResult:
+        """Distil N images at what was chosen for them, update the student, measure the rewards.
 
         Args:
             ids: (N,) int64 images of the training bank.
-            timesteps: (N,) int64 timesteps.
+            choice: What the actions chose; or (N,) int64 timesteps.
             visits: (N,) int64 keys of fresh noise.
 
         Returns:
@@ -140,92 +154,114 @@ class DistillationTrainer:
             NonFiniteError: ``optimizer.nonfinite_patience`` steps in a row had no finite loss.
         """
         bank, lanes = self.parts.train, ids.shape[0]
-        new = self.parts.features(bank, ids, timesteps, visits, self.noise_seed)
-        batch_ids, teacher = self._fill_up(ids, new)
-        targets = self.task.targets(bank, batch_ids)
+        new = self._targets(bank, ids, choice, visits, self.noise_seed)
+        batch_ids, batch = self.recent.fill_up(ids, new)
+        answers = self.task.targets(bank, batch_ids)
         images = bank.pixels(batch_ids)
         before = (
-            self._task_losses_now(images[:lanes], targets[:lanes]) if self.rule.before else None
+            self._task_losses_now(images[:lanes], answers[:lanes]) if self.rule.before else None
         )
 
         # A batch of one has no batch statistics to normalise with; the first step of one lane
         # therefore measures without an update.
         self.student.train(len(batch_ids) > 1)
-        statistics = snapshot_buffers(self.student)
-        # Dropout and stochastic depth draw from (seed, step), not from the caller's generator.
-        dropout_seed = derive_seed(self.seed, "step", self.steps)
-        with self._precision(), own_randomness(dropout_seed, self.device):
-            maps = self.student.features(images)
-        pooled = maps.mean((2, 3))
-        distilled = self._distillation_losses(maps, pooled, teacher)
-        weight = self.config.distillation.task_weight
-        outputs = self.student.head(pooled if weight else pooled.detach())
-        task_losses = self.task.losses(outputs, targets)
-        total = distilled.mean() + (weight or 1.0) * task_losses.mean()
-        probe_losses = None
-        if self.rule.probe:
-            probe_losses = self.task.losses(self.student.probe(pooled_layers(teacher)), targets)
-            total = total + probe_losses.mean()
-        if len(batch_ids) > 1:
-            self._update(total, statistics)
-        self.steps += 1
+        self.loss.train(len(batch_ids) > 1)
+        buffers = self.updates.buffers()
+        # Dropout and stochastic depth, and a loss that samples, draw from (seed, step), not from
+        # the caller's generator.
+        with own_randomness(derive_seed(self.seed, "step", self.steps), self.device):
+            with self._precision():
+                maps = self.student.features(images)
+            pooled = maps[-1].mean((2, 3))
+            feature = matched_feature(self.student, maps, pooled, self.dense)
+            mine = projected(self.student, feature, maps[:-1], self.dense)
+            teacher = on_student_grid(self.student, batch.features)
+            distilled = layer_losses(self.loss, mine, teacher, batch.weights, batch_ids)
+            weight = self.config.distillation.task_weight
+            outputs = self.student.head(pooled if weight else pooled.detach())
+            task_losses = self.task.losses(outputs, answers)
+            total = distilled.mean() + (weight or 1.0) * task_losses.mean()
+            probe_losses = None
+            if self.rule.probe or self.fusion.logits is not None:
+                probe_losses = self.task.losses(self.student.probe(probe_input(batch)), answers)
+                total = total + probe_losses.mean()
+            if self._loss_learns:
+                total = total + self.loss.auxiliary(teacher)
+            if len(batch_ids) > 1:
+                bad = self.updates.apply(total, buffers, self.progress)
+                self.loss.remember([p.detach() for p in mine], teacher, batch_ids, bad)
+            self.steps += 1
 
-        with torch.no_grad():
-            features, after = self._measure_after(images[:lanes], targets[:lanes])
-            measured = self._measurement(
-                features,
-                [z[:lanes] for z in teacher],
-                targets[:lanes],
-                loss_before=task_losses[:lanes].detach() if before is None else before,
-                loss_after=after,
-                probe_loss=None if probe_losses is None else probe_losses[:lanes].detach(),
-            )
-            reward = _finite(self.rule.compute(measured), measured.loss_before)
-            correct = self.task.correct(outputs[:lanes], targets[:lanes])
+            with torch.no_grad():
+                after, after_losses = self._measure_after(images[:lanes], answers[:lanes])
+                measured = self._measurement(
+                    self.student,
+                    after,
+                    [z[:lanes] for z in teacher],
+                    new,
+                    answers[:lanes],
+                    ids,
+                    loss_before=task_losses[:lanes].detach() if before is None else before,
+                    loss_after=after_losses,
+                    probe_loss=None if probe_losses is None else probe_losses[:lanes].detach(),
+                )
+                reward = finite_reward(self.rule.compute(measured), measured.loss_before)
+                correct = self.task.correct(outputs[:lanes], answers[:lanes])
         result = StepResult(
-            reward, distilled[:lanes].detach(), measured.loss_before, after, correct
+            reward, distilled[:lanes].detach(), measured.loss_before, after_losses, correct
         )
         self._count(result)
-        self._watch()
+        self.updates.watch(self.steps)
         return result
 
     @torch.no_grad()
-    def judge(self, bank: ImageBank, ids: Tensor, timesteps: Tensor, visits: Tensor) -> StepResult:
+    def judge(
+        self, bank: ImageBank, ids: Tensor, choice: Choice | Tensor, visits: Tensor
+    ) -> StepResult:
         """The same measurement with nothing trained: the student as evaluation sees it.
 
         Args:
             bank: Usually the held-out bank.
             ids: (N,) images of ``bank``.
-            timesteps: (N,) timesteps.
+            choice: What the actions chose; or (N,) int64 timesteps.
             visits: (N,) noise keys; the same keys give the same noise to every policy.
 
         Returns:
             The outcome per lane; ``reward`` by :attr:`heldout_rule`.
         """
-        teacher = self.parts.features(bank, ids, timesteps, visits, self.heldout_noise_seed)
-        student, targets = self.evaluation_student, self.task.targets(bank, ids)
-        maps, pooled = self.embed(bank.pixels(ids), student)
+        new = self._targets(bank, ids, choice, visits, self.heldout_noise_seed)
+        student, answers = self.evaluation_student, self.task.targets(bank, ids)
+        maps = self._maps(bank.pixels(ids), student)
+        pooled = maps[-1].mean((2, 3))
         outputs = student.head(pooled)
-        losses = self.task.losses(outputs, targets)
+        losses = self.task.losses(outputs, answers)
         probe_loss = None
         if self.heldout_rule.probe:
-            probe_loss = self.task.losses(student.probe(pooled_layers(teacher)), targets)
-        teacher = self._on_student_grid(teacher, maps)
-        measured = self._measurement(
-            maps if self.config.distillation.dense else pooled,
-            teacher,
-            targets,
-            loss_before=losses,
-            loss_after=losses,
-            probe_loss=probe_loss,
-            student=student,
-        )
+            probe_loss = self.task.losses(student.probe(probe_input(new)), answers)
+        teacher = on_student_grid(student, new.features)
+        self.loss.eval()
+        with own_randomness(derive_seed(self.config.seed, "judge"), self.device):
+            measured = self._measurement(
+                student,
+                maps,
+                teacher,
+                new,
+                answers,
+                None,
+                loss_before=losses,
+                loss_after=losses,
+                probe_loss=probe_loss,
+            )
+            reward = self.heldout_rule.compute(measured)
+            feature = matched_feature(student, maps, pooled, self.dense)
+            mine = projected(student, feature, maps[:-1], self.dense)
+            distilled = layer_losses(self.loss, mine, teacher, new.weights, None)
         return StepResult(
-            _finite(self.heldout_rule.compute(measured), losses),
-            self._distillation_losses(maps, pooled, teacher, student),
+            finite_reward(reward, losses),
+            distilled,
             losses,
             losses,
-            self.task.correct(outputs, targets),
+            self.task.correct(outputs, answers),
         )
 
     @torch.no_grad()
@@ -239,18 +275,17 @@ class DistillationTrainer:
         Returns:
             The last stage's map (N, S, h, w) and its average (N, S).
         """
-        student = student or self.student
-        training = student.training
-        student.eval()
-        with self._precision():
-            maps = student.features(images)
-        student.train(training)
-        return maps, maps.mean((2, 3))
+        last = self._maps(images, student or self.student)[-1]
+        return last, last.mean((2, 3))
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call under their TensorBoard tags, read by the host at once."""
         means = self.metrics.drain()
-        means["student/nonfinite_steps"] = float(self.bad_steps)
+        means["student/nonfinite_steps"] = float(self.updates.bad_steps)
+        shares = self.fusion.shares()
+        if shares:
+            values = torch.stack(list(shares.values())).tolist()
+            means.update(zip(shares, values, strict=True))
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,10 +294,10 @@ class DistillationTrainer:
             "seed": self.seed,
             "steps": self.steps,
             "student": self.student.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "bad": [self.bad_in_a_row, self.bad_steps],
-            "recent": None if self._recent is None else [self._recent[0], *self._recent[1]],
+            "loss": self.loss.state_dict(),
+            "fusion": self.fusion.state_dict(),
+            **self.updates.state_dict(),
+            "recent": self.recent.state_dict(),
             "metrics": self.metrics.state_dict(),
         }
 
@@ -271,34 +306,26 @@ class DistillationTrainer:
         self.reset(state["seed"])
         self.steps = state["steps"]
         self.student.load_state_dict(state["student"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        # The optimizer would keep the given moments themselves, shared with whoever gave them.
-        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        self.bad_in_a_row, self.bad_steps = (value.to(self.device) for value in state["bad"])
-        if state["recent"] is not None:
-            ids, *features = (value.to(self.device) for value in state["recent"])
-            self._recent = (ids, features)
+        self.loss.load_state_dict(state["loss"])
+        self.fusion.load_state_dict(state["fusion"])
+        self.updates.load_state_dict(state)
+        self.recent.load_state_dict(state["recent"], self.device)
         self.metrics.load_state_dict(state["metrics"])
 
-    def _fill_up(self, ids: Tensor, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """This step's samples first, then the most recent earlier ones up to the batch size."""
-        size = self.config.optimizer.batch_size
-        if len(ids) >= size:
-            return ids, features
-        if self._recent is not None:
-            ids = torch.cat((ids, self._recent[0]))[:size]
-            pairs = zip(features, self._recent[1], strict=True)
-            lanes = len(features[0])
-            features = [torch.cat(pair)[:size] for pair in pairs]
-            # An earlier decision without a finite feature spoilt its own step; the newest decision
-            # takes its place, or it would spoil every step until it has left the batch.
-            finite = torch.stack([z.flatten(1).isfinite().all(1) for z in features]).all(0)
-            rows = torch.arange(len(ids), device=self.device)
-            rows = rows * (finite | (rows < lanes))
-            ids, features = ids[rows], [z[rows] for z in features]
-        self._recent = (ids, features)
-        return ids, features
+    def _loss_shapes(self) -> list[FeatureShape]:
+        sizes, images = self.student.projections.sizes, len(self.parts.train)
+        return [
+            FeatureShape(width, self.dense, size if self.dense else (1, 1), images)
+            for width, size in zip(self.parts.features.widths, sizes, strict=True)
+        ]
+
+    def _targets(
+        self, bank: ImageBank, ids: Tensor, choice: Choice | Tensor, visits: Tensor, noise_seed: int
+    ) -> Targets:
+        if isinstance(choice, Tensor):
+            choice = self.fusion.choice(choice)
+        targets: Targets = self.fusion(self.parts.features, bank, ids, choice, visits, noise_seed)
+        return targets
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -306,102 +333,64 @@ class DistillationTrainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             yield
 
-    def _on_student_grid(self, teacher: list[Tensor], maps: Tensor) -> list[Tensor]:
-        if not self.config.distillation.dense:
-            return teacher
-        size = (maps.shape[2], maps.shape[3])
-        return [resized(z, size) for z in teacher]
+    def _maps(self, images: Tensor, student: Student) -> list[Tensor]:
+        """What the projection reads, in inference mode."""
+        training = student.training
+        student.eval()
+        with self._precision():
+            maps = student.features(images)
+        student.train(training)
+        return maps
 
-    def _distillation_losses(
-        self, maps: Tensor, pooled: Tensor, teacher: list[Tensor], student: Student | None = None
-    ) -> Tensor:
-        """Loss per sample (B,), the mean over the teacher's layers."""
-        features = maps if self.config.distillation.dense else pooled
-        teacher = self._on_student_grid(teacher, maps)
-        projections = (student or self.student).projections
-        losses = [self.loss(p(features), z) for p, z in zip(projections, teacher, strict=True)]
-        return torch.stack(losses).mean(0)
-
-    def _update(self, total: Tensor, statistics: list[Tensor]) -> None:
-        """Backward, clip and optimizer step; skipped on the device where anything is not finite."""
-        settings = self.config.optimizer
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = ~(torch.isfinite(total.detach()) & torch.isfinite(norm))
-        if settings.gradient_clip:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p in self.student.parameters() if p.grad is not None],
-                settings.gradient_clip,
-                norm,
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * learning_rate_factor(settings.schedule, self.progress)
-        # Fused optimizers leave parameters and moments alone where found_inf is 1, without the host
-        # having to look; gradient scalers use the same attributes.
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        self.bad_steps = self.bad_steps + bad
-        # The forward has already moved the running statistics of batch norms.
-        restore_buffers(self.student, statistics, bad)
-        if self.average is not None:
-            self._update_average(self.average, bad)
-
-    @torch.no_grad()
-    def _update_average(self, average: Student, bad: Tensor) -> None:
-        weight = (1.0 - self.config.student.ema) * ~bad
-        parameters: list[Tensor] = list(average.parameters())
-        moves = list(torch._foreach_sub(list(self.student.parameters()), parameters))
-        torch._foreach_mul_(moves, weight)
-        torch._foreach_add_(parameters, moves)
-        for mine, new in zip(average.buffers(), self.student.buffers(), strict=True):
-            mine.copy_(new)
-
-    def _task_losses_now(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _task_losses_now(self, images: Tensor, answers: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.task.losses(self.student.head(self.embed(images)[1]), targets)
+            return self.task.losses(self.student.head(self.embed(images)[1]), answers)
 
     def _measure_after(
-        self, images: Tensor, targets: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, images: Tensor, answers: Tensor
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
         if not self.rule.after:
             return None, None
-        maps, pooled = self.embed(images)
-        losses = self.task.losses(self.student.head(pooled), targets)
-        return (maps if self.config.distillation.dense else pooled), losses
+        maps = self._maps(images, self.student)
+        self.loss.eval()
+        return maps, self.task.losses(self.student.head(maps[-1].mean((2, 3))), answers)
 
     def _measurement(
         self,
-        features: Tensor | None,
+        student: Student,
+        maps: Sequence[Tensor] | None,
         teacher: list[Tensor],
-        targets: Tensor,
+        targets: Targets,
+        answers: Tensor,
+        ids: Tensor | None,
         *,
         loss_before: Tensor,
         loss_after: Tensor | None,
         probe_loss: Tensor | None,
-        student: Student | None = None,
     ) -> Measurement:
-        student = student or self.student
-        if features is not None:
-            teacher = self._on_student_grid(teacher, features)
+        feature, lower = None, []
+        if maps is not None:
+            feature = matched_feature(student, maps, maps[-1].mean((2, 3)), self.dense)
+            lower = list(maps[:-1])
 
         def task_losses(moved: Tensor) -> Tensor:
             pooled = moved.mean((2, 3)) if moved.ndim == 4 else moved
-            return self.task.losses(student.head(pooled), targets)
+            return self.task.losses(student.head(pooled), answers)
 
         return Measurement(
-            student=features,
+            student=feature,
             teacher=teacher,
-            projections=list(student.projections),  # type: ignore[arg-type]
+            project=lambda h: projected(student, h, lower, self.dense),
+            jacobians=student.projections.jacobians(),
             loss=self.loss,
             task_losses=task_losses,
             loss_before=loss_before,
             loss_after=loss_after,
             probe_loss=probe_loss,
             config=self.config.reward,
+            ids=ids,
+            weights=targets.weights,
+            chosen=targets.chosen,
         )
 
     def _count(self, result: StepResult) -> None:
@@ -409,23 +398,3 @@ class DistillationTrainer:
         self.metrics.add("student/distillation_loss", result.distillation_loss)
         self.metrics.add("student/task_loss", result.task_loss_before)
         self.metrics.add("student/accuracy", result.correct)
-
-    def _watch(self) -> None:
-        patience = self.config.optimizer.nonfinite_patience
-        # Looking is free on a CPU; on CUDA it would stall every step, so it happens now and then.
-        if self.device.type != "cpu" and self.steps % patience:
-            return
-        if int(self.bad_in_a_row) >= patience:
-            raise NonFiniteError(
-                f"the loss has not been finite for {int(self.bad_in_a_row)} steps in a row (step "
-                f"{self.steps}); likely causes: optimizer.learning_rate "
-                f"{self.config.optimizer.learning_rate} is too large, no optimizer.gradient_clip, "
-                f"teacher.precision {self.config.teacher.precision} overflows, or teacher weights "
-                "that hold NaN"
-            )
-
-
-def _finite(reward: Tensor, loss: Tensor) -> Tensor:
-    """Rewards with NaN replaced by what doing nothing is worth; the step is counted as bad."""
-    reward = torch.where(torch.isfinite(reward), reward, -loss)
-    return torch.nan_to_num(reward, nan=-10.0, posinf=10.0, neginf=-10.0)

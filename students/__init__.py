@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from students.heads import linear_head as linear_head
     from students.heads import mlp_head as mlp_head
     from students.projection import Projection as Projection
+    from students.projection import Projections as Projections
 
 _LAZY = {
     "Backbone": "students.backbone",
     "Projection": "students.projection",
+    "Projections": "students.projection",
     "linear_head": "students.heads",
     "mlp_head": "students.heads",
 }

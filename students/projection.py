@@ -6,6 +6,7 @@ Shape letters: N images, H,W map, S student width, F teacher width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -75,3 +76,62 @@ class Projection(nn.Module):
     def extra_repr(self) -> str:
         """Text shown between the parentheses of `repr`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class Projections(nn.Module):
+    """What brings a student's maps to the features of every teacher layer.
+
+    Made as ``Kind(stages, layers)``: shapes (C, H, W) of the student's maps, shallow to deep, and
+    (F, H, W) of the teacher's features.
+
+    Attributes:
+        all_stages: Whether it reads the maps below the last stage too.
+        sizes: (H, W) at which each teacher layer is matched position by position.
+    """
+
+    all_stages: bool = False
+    sizes: list[tuple[int, int]]
+
+    def forward(self, feature: Tensor, lower: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Project.
+
+        Args:
+            feature: Map of the last stage, (N, S, H, W); where ``all_stages`` is False also its
+                average, (N, S).
+            lower: Maps of the stages below, shallow to deep; none where ``all_stages`` is False.
+
+        Returns:
+            One tensor per teacher layer, (N, F, H, W), or (N, F) of a pooled feature.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward.")
+
+    def jacobians(self) -> list[Tensor] | None:
+        """Derivatives (F, S) by the feature, the same at every position; None where there are none.
+
+        With them the look-ahead reward solves for its move in closed form.
+        """
+        return None
+
+
+class LinearProjections(Projections, nn.ModuleList):
+    """One linear map per teacher layer from the student's last stage.
+
+    Args:
+        stages: (C, H, W) of the student's stages; the last one counts.
+        layers: (F, H, W) of the teacher's layers.
+    """
+
+    def __init__(
+        self, stages: Sequence[tuple[int, int, int]], layers: Sequence[tuple[int, int, int]]
+    ) -> None:
+        width, height, wide = stages[-1]
+        nn.ModuleList.__init__(self, [Projection(width, layer[0]) for layer in layers])
+        self.sizes = [(height, wide)] * len(layers)
+
+    def forward(self, feature: Tensor, lower: Sequence[Tensor] = ()) -> list[Tensor]:
+        """See `Projections.forward`."""
+        return [projection(feature) for projection in self]
+
+    def jacobians(self) -> list[Tensor]:
+        """The weights, (F, S) each."""
+        return [projection.weight for projection in self]  # type: ignore[misc]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from repfusion_env import ConfigError, load_config
-from repfusion_env.config import ExperimentConfig, conflicts
+from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import options
+from repfusion_env.config_rules import conflicts
 
 CONFLICTS = [
     ({"task": "clasification"}, "task: unknown task 'clasification'. Did you mean 'classifi"),
@@ -14,7 +15,9 @@ CONFLICTS = [
     ({"data": "npz"}, "data.path: data.name 'npz' needs a path"),
     ({"data": "cifar10"}, "data.path: data.name 'cifar10' needs a path"),
     ({"teacher.family": "unet"}, "teacher.family: unknown teacher family 'unet'. Did you mean"),
-    ({"teacher.layers": []}, "teacher.layers: at least one module path is needed"),
+    ({"env.action": "layr"}, "env.action: unknown action 'layr'. Did you mean 'layer'?"),
+    ({"teacher.family": "unet"}, "teacher.family: unknown teacher family 'unet'"),
+    ({"distillation.projection": "pyramids"}, "distillation.projection: unknown projection"),
     ({"reward": "studnt"}, "reward.kind: unknown reward 'studnt'. Did you mean 'student'?"),
     ({"distillation": "hnt"}, "distillation.losses: unknown loss 'hnt'. Did you mean 'hint'?"),
     ({"distillation": {"hint": 0}}, "distillation.losses: at least one loss needs a weight"),

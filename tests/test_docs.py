@@ -18,7 +18,13 @@ from repfusion_env.config_loading import check, options, sections
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-EXAMPLES = ("README.md", "docs/configuration.md", "docs/environment.md", "docs/extending.md")
+EXAMPLES = (
+    "README.md",
+    "docs/configuration.md",
+    "docs/environment.md",
+    "docs/extending.md",
+    "docs/fusion.md",
+)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What each training command refuses, and its short options.
 COMMANDS = {
@@ -135,13 +141,21 @@ def test_the_table_of_algorithms_is_that_of_the_code():
         assert rows[name] == [shown, ", ".join(f"`{kind}`" for kind in algorithm.actions)]
 
 
-@pytest.mark.parametrize("table", ["REWARDS", "OBSERVATIONS", "LOSSES", "DATASETS"])
+DOCUMENTED = {
+    "REWARDS": "docs/environment.md",
+    "OBSERVATIONS": "docs/environment.md",
+    "ACTIONS": "docs/environment.md",
+    "LOSSES": "docs/configuration.md",
+    "DATASETS": "docs/configuration.md",
+    "PROJECTIONS": "docs/configuration.md",
+    "TEACHERS": "docs/teachers.md",
+}
+
+
+@pytest.mark.parametrize("table", DOCUMENTED)
 def test_every_registered_name_is_documented(table):
     names = set(getattr(registry, table))
-    page = (
-        "docs/environment.md" if table in ("REWARDS", "OBSERVATIONS") else "docs/configuration.md"
-    )
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = (ROOT / DOCUMENTED[table]).read_text(encoding="utf-8")
     assert {name for name in names if f"`{name}`" not in text} == set()
 
 

@@ -11,7 +11,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
-from repfusion_env.figures import reward_by_timestep_figure, save_figure, summary_figure
+from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
 
 GRID = (0, 10, 50, 100, 400)
 
@@ -24,7 +24,7 @@ def summary(points: int = 12, **changes: Any) -> dict[str, Any]:
         "entropy": np.linspace(1.6, 0.2, points),
         "counts_over_time": rng.multinomial(64, np.ones(5) / 5, size=points),
         "grid": GRID,
-        "reward_by_timestep": np.array([-0.9, -0.7, -0.5, -0.6, -1.4]),
+        "reward_by_arm": np.array([-0.9, -0.7, -0.5, -0.6, -1.4]),
         "learned_counts": np.array([0, 10, 70, 20, 0]),
         "learned_reward": -0.52,
         "random_reward": -0.82,
@@ -61,16 +61,20 @@ def bar_heights(figure: Figure) -> list[float]:
     ]
 
 
-def heat_map(figure: Figure) -> QuadMesh:
-    meshes = [item for item in figure.axes[1].collections if isinstance(item, QuadMesh)]
-    [mesh] = meshes
+def heat_map(figure: Figure, label: str = "timestep") -> QuadMesh:
+    [axes] = [
+        axes
+        for axes in figure.axes
+        if axes.get_ylabel() == label or axes.get_title(loc="left").startswith(label.capitalize())
+    ]
+    [mesh] = [item for item in axes.collections if isinstance(item, QuadMesh)]
     return mesh
 
 
 def test_the_summary_draws_what_it_is_given() -> None:
     given = summary()
     figure = summary_figure(**given)
-    for name in ("reward", "entropy", "reward_by_timestep"):
+    for name in ("reward", "entropy", "reward_by_arm"):
         assert line_with(figure, given[name]), name
     assert levels(figure) == [-0.52, -0.82]
     np.testing.assert_allclose(bar_heights(figure), [0, 0.1, 0.7, 0.2, 0])
@@ -118,7 +122,7 @@ def test_entropy_and_band_are_optional(tmp_path: Path) -> None:
     [
         ("reward", (3,)),
         ("counts_over_time", (12, 4)),
-        ("reward_by_timestep", (6,)),
+        ("reward_by_arm", (6,)),
         ("learned_counts", (5, 1)),
         ("entropy", (1,)),
     ],
@@ -128,15 +132,15 @@ def test_shapes_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -
         summary_figure(**summary(**{name: np.zeros(shape)}))
 
 
-def test_reward_by_timestep_shows_rewards_and_shares() -> None:
+def test_reward_by_arm_shows_rewards_and_shares() -> None:
     reward = np.array([-1.0, np.nan, -0.5, -0.7, -2.0])
-    figure = reward_by_timestep_figure(GRID, reward, np.array([0, 0, 3, 1, 0]))
+    figure = reward_by_arm_figure(GRID, reward, np.array([0, 0, 3, 1, 0]))
     assert line_with(figure, reward)
     assert bar_heights(figure) == [0, 0, 0.75, 0.25, 0]
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert labels == ["0", "10", "50", "100", "400"]
     with pytest.raises(ValueError, match="counts has shape"):
-        reward_by_timestep_figure(GRID, reward, np.zeros(2))
+        reward_by_arm_figure(GRID, reward, np.zeros(2))
 
 
 def test_figures_change_no_global_settings(tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_figures_change_no_global_settings(tmp_path: Path) -> None:
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "summary.png"
-    save_figure(reward_by_timestep_figure(GRID, np.arange(5.0)), path)
+    save_figure(reward_by_arm_figure(GRID, np.arange(5.0)), path)
     before = path.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
@@ -158,3 +162,42 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["summary.png"]
+
+
+def test_pairs_have_a_line_for_each_layer_and_their_layers_over_time() -> None:
+    rng = np.random.default_rng(1)
+    reward, layers = rng.normal(size=(5, 2)), rng.multinomial(64, [0.5, 0.5], size=12)
+    more = {"layers": ("mid_block.1", "up_blocks.1"), "layer_counts_over_time": layers}
+    figure = summary_figure(**summary(reward_by_arm=reward, noun="timestep, layer", **more))
+    assert line_with(figure, reward[:, 0]) and line_with(figure, reward[:, 1])
+    [legend] = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["mid_block", "up_blocks"]
+    assert heat_map(figure).get_array().shape == (5, 12)  # type: ignore[union-attr]
+    np.testing.assert_allclose(np.asarray(heat_map(figure, "layer").get_array()), layers.T / 64)
+
+
+def test_layers_alone_stand_where_timesteps_would() -> None:
+    rng = np.random.default_rng(1)
+    layers, names = rng.multinomial(64, [0.5, 0.5], size=12), ("mid_block.1", "up_blocks.1")
+    figure = summary_figure(
+        **summary(
+            grid=(40,),
+            counts_over_time=np.full((12, 1), 64),
+            reward_by_arm=np.array([-0.5, -0.7]),
+            learned_counts=np.array([3, 1]),
+            arms=names,
+            noun="layer",
+            layers=names,
+            layer_counts_over_time=layers,
+        )
+    )
+    np.testing.assert_allclose(np.asarray(heat_map(figure, "layer").get_array()), layers.T / 64)
+    np.testing.assert_allclose(bar_heights(figure), [0.75, 0.25])
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert "Held-out reward by layer" in titles and "Timesteps chosen over time" not in titles
+    labels = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert ["mid_block", "up_blocks"] in labels
+    with pytest.raises(ValueError, match=r"layer_counts_over_time has shape \(12, 2\); it must"):
+        summary_figure(**summary(layers=("a",), layer_counts_over_time=layers))
+    # Choices that are none of the arms leave no bars.
+    assert bar_heights(summary_figure(**summary(learned_counts=None))) == []

@@ -9,7 +9,9 @@ from repfusion_env import registry
 TABLES = {
     "data set": registry.DATASETS,
     "teacher family": registry.TEACHERS,
+    "action": registry.ACTIONS,
     "task": registry.TASKS,
+    "projection": registry.PROJECTIONS,
     "loss": registry.LOSSES,
     "reward": registry.REWARDS,
     "observation": registry.OBSERVATIONS,

@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 
+from repfusion_env.layer_names import short_names
 from repfusion_env.plot_style import BLUE, GREEN, ORANGE, RED, grid_ticks, moving_average
 from repfusion_env.rendering import (
     BARS_TOP,
@@ -37,12 +38,12 @@ def frame_after(steps: int, *, size: int = 8, width: int = 12) -> Frame:
     return Frame(
         grid=GRID,
         image=image,
-        noised=image + rng.normal(size=image.shape),
-        feature=rng.normal(size=(width, 4, 4)),
+        noised=(image + rng.normal(size=image.shape))[None],
+        feature=rng.normal(size=(1, width, 4, 4)),
         counts=counts,
-        chosen=chosen,
+        chosen=(chosen,),
         rewards=rng.normal(size=steps),
-        timestep=GRID[chosen],
+        timesteps=(GRID[chosen],),
         reward=-0.25,
         label=7,
         prediction=7,
@@ -71,10 +72,10 @@ def bars(pixels: np.ndarray) -> np.ndarray:
         Frame(grid=GRID, image=np.zeros((3, 32, 32))),
         frame_after(1),
         frame_after(3000),
-        replace(frame_after(5), feature=np.ones((3, 1, 1)), image=np.zeros((3, 300, 500))),
+        replace(frame_after(5), feature=np.ones((1, 3, 1, 1)), image=np.zeros((3, 300, 500))),
         replace(frame_after(5), rewards=np.array([np.nan, -1e30, np.inf, 2.0])),
         replace(frame_after(5), label="a class with a long name", prediction=r"$\frac$ ^_{"),
-        Frame(grid=tuple(range(1000)), counts=np.arange(1000), chosen=999),
+        Frame(grid=tuple(range(1000)), counts=np.arange(1000), chosen=(999,)),
     ],
     ids=["empty", "one", "first", "second", "many", "odd", "nonfinite", "text", "long grid"],
 )
@@ -125,8 +126,8 @@ def test_a_wide_image_keeps_its_proportions() -> None:
 
 def test_channels_become_red_green_and_blue_and_are_clipped() -> None:
     image = np.array([1.0, -1.0, 0.0]).reshape(3, 1, 1)
-    assert image_colors(image).tolist() == [[[255, 0, 128]]]  # type: ignore[union-attr]
-    assert image_colors(np.array([[[9.0, -9.0, np.nan]]])).tolist() == [  # type: ignore[union-attr]
+    assert image_colors(image).tolist() == [[[255, 0, 128]]]
+    assert image_colors(np.array([[[9.0, -9.0, np.nan]]])).tolist() == [
         [[255] * 3, [0] * 3, [128] * 3]
     ]
 
@@ -173,11 +174,11 @@ def test_a_feature_with_one_direction_uses_one_color() -> None:
 def test_bars_grow_with_the_choices_and_the_last_is_marked() -> None:
     counts = np.zeros(len(GRID), dtype=int)
     counts[3], counts[10] = 10, 5
-    pixels = bars(draw_frame(Frame(grid=GRID, counts=counts, chosen=3)))
+    pixels = bars(draw_frame(Frame(grid=GRID, counts=counts, chosen=(3,))))
     blue, orange = count_pixels(pixels, BLUE), count_pixels(pixels, ORANGE)
     # Twice as high, and the marker above it.
     assert 1.9 < orange / blue < 2.4
-    swapped = bars(draw_frame(Frame(grid=GRID, counts=counts, chosen=10)))
+    swapped = bars(draw_frame(Frame(grid=GRID, counts=counts, chosen=(10,))))
     assert count_pixels(swapped, BLUE) > count_pixels(swapped, ORANGE) > 0
     assert count_pixels(bars(draw_frame(Frame(grid=GRID))), ORANGE) == 0
 
@@ -219,3 +220,66 @@ def test_grid_ticks_are_few_and_name_their_timestep() -> None:
         assert len(places) >= min(count, 4)
         assert [str(grid[place]) for place in places] == labels
         assert len(set(np.diff(places))) <= 1
+
+
+LAYERS = ("down_blocks.0.resnets.1", "mid_block.resnets.1", "up_blocks.0.resnets.1")
+
+
+def test_a_chosen_layer_has_its_own_bars_and_names_the_feature() -> None:
+    counts = np.full(len(GRID), 10)
+    first = Frame(
+        grid=GRID, layers=LAYERS, counts=counts, layer_counts=np.array([20, 20, 20]), layer=0
+    )
+    left, right = CHART_WIDTH * 6 // 10, CHART_WIDTH * 7 // 10
+    shown = bars(draw_frame(first))
+    assert count_pixels(shown[:, :left], BLUE) > 0 == count_pixels(shown[:, :left], ORANGE)
+    orange, blue = (count_pixels(shown[:, right:], color) for color in (ORANGE, BLUE))
+    assert 0.4 < orange / blue < 0.7  # one of three bars, and its marker
+    second = draw_frame(replace(first, layer=1))
+    title = slice(TILE_TOP - 25, TILE_TOP), slice(TILE_LEFTS[2], TILE_LEFTS[2] + TILE_SIDE)
+    assert (second[title] != draw_frame(first)[title]).any()
+    # With a single timestep the layers have the whole chart.
+    alone = bars(draw_frame(replace(first, grid=(40,), counts=np.array([60]))))
+    assert count_pixels(alone[:, :left], ORANGE) > 0 and count_pixels(alone[:, right:], BLUE) > 0
+    with pytest.raises(ValueError, match="the frame's 3 layers are not the renderer's 0"):
+        Renderer(GRID).draw(first)
+
+
+def test_a_set_shows_each_of_its_timesteps() -> None:
+    noised = np.stack([np.full((1, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
+    counts = np.full(len(GRID), 10)
+    frame = Frame(
+        grid=GRID, counts=counts, noised=noised, chosen=(1, 5, 9), timesteps=(40, 200, 360)
+    )
+    pixels = draw_frame(frame)
+    middle = tile(pixels, 1)
+    corners = middle[40, 40], middle[40, -40], middle[-40, 40], middle[-40, -40]
+    assert [int(corner[0]) for corner in corners] == [0, 128, 255, 243]
+    one = count_pixels(bars(draw_frame(replace(frame, chosen=(1,)))), ORANGE)
+    assert count_pixels(bars(pixels), ORANGE) == pytest.approx(3 * one, rel=0.05)
+
+
+def test_features_of_a_set_share_their_colors() -> None:
+    feature = np.random.default_rng(0).normal(size=(6, 4, 4))
+    pixels = draw_frame(Frame(grid=GRID, feature=np.stack([feature, feature + 3.0, feature])))
+    shown = tile(pixels, 2)
+    side = (TILE_SIDE - 4) // 2
+    first, second, third = shown[:side, :side], shown[:side, -side:], shown[-side:, :side]
+    np.testing.assert_array_equal(first, third)
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize(
+    ("names", "most", "expected"),
+    [
+        (LAYERS, 20, ["down_blocks", "mid_block", "up_blocks"]),
+        (["net.up.0.conv", "net.up.1.conv", "net.mid"], 20, ["up.0", "up.1", "mid"]),
+        (["mid_block.resnets.1"], 30, ["mid_block.resnets.1"]),
+        (["abcdefghijkl", "b"], 7, ["abc…jkl", "b"]),
+        (["a.b", "a"], 9, ["a.b", "a"]),
+    ],
+)
+def test_short_names_tell_layers_apart(names: list[str], most: int, expected: list[str]) -> None:
+    found = short_names(names, most)
+    assert found == expected
+    assert all(len(name) <= most for name in found)

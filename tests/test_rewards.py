@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from repfusion_env.config import RewardConfig
-from repfusion_env.losses import DistillationLoss
+from repfusion_env.config import DistillationConfig, RewardConfig
+from repfusion_env.losses import DistillationLoss, FeatureShape
 from repfusion_env.rewards import (
     Measurement,
     look_ahead,
@@ -17,15 +20,18 @@ from repfusion_env.rewards import (
     student_lookahead,
     teacher_probe,
 )
-from students import Projection
+from students.projection import LinearProjections
 
 LANES, WIDTH, CLASSES = 5, 6, 4
 
 
-def _measurement(widths, losses, dense=False, seed=0, **settings):
+def _measurement(widths, losses, dense=False, seed=0, weights=None, chosen=None, **settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projections = [Projection(WIDTH, width).double() for width in widths]
+        stages, layers = [(WIDTH, 2, 3)], [(width, 2, 3) for width in widths]
+        projections = LinearProjections(stages, layers).double()
+        shapes = [FeatureShape(width, dense, (2, 3) if dense else (1, 1)) for width in widths]
+        loss = DistillationLoss(DistillationConfig(losses=losses), shapes)
         tail = (2, 3) if dense else ()
         features = torch.randn(LANES, WIDTH, *tail, dtype=torch.float64)
         teacher = [torch.randn(LANES, width, *tail, dtype=torch.float64) for width in widths]
@@ -40,20 +46,23 @@ def _measurement(widths, losses, dense=False, seed=0, **settings):
     return Measurement(
         student=features,
         teacher=teacher,
-        projections=projections,
-        loss=DistillationLoss(losses),
+        project=projections,
+        jacobians=projections.jacobians(),
+        loss=loss,
         task_losses=task_losses,
         loss_before=before,
         loss_after=after,
         probe_loss=probe,
         config=RewardConfig(**settings),
+        weights=weights,
+        chosen=chosen,
     )
 
 
 def _damped_move(measured, h, z):
     """The move ``h - J^T (J J^T + lambda I)^-1 (P(h) - z)`` of one vector, layers stacked."""
-    J = np.concatenate([p.weight.detach().numpy() for p in measured.projections])
-    b = np.concatenate([p.bias.detach().numpy() for p in measured.projections])
+    J = np.concatenate([p.weight.detach().numpy() for p in measured.project])
+    b = np.concatenate([p.bias.detach().numpy() for p in measured.project])
     gram = J @ J.T + measured.config.damping * np.eye(len(J))
     return h - J.T @ np.linalg.solve(gram, J @ h + b - z)
 
@@ -79,7 +88,7 @@ def test_dense_features_make_the_same_move_at_each_position():
 def test_without_damping_the_moved_feature_projects_onto_the_teachers():
     measured = _measurement((3, 2), {"hint": 1.0}, damping=1e-12)
     moved = look_ahead(measured)
-    for projection, z in zip(measured.projections, measured.teacher, strict=True):
+    for projection, z in zip(measured.project, measured.teacher, strict=True):
         np.testing.assert_allclose(projection(moved).detach(), z, atol=1e-6)
 
 
@@ -93,7 +102,7 @@ def test_the_lookahead_reward_is_minus_the_heads_loss_at_the_moved_feature():
 def _cosine_loss(measured, h, n):
     """Number of residuals times the summed cosine distance over layers of one lane."""
     total, residuals = 0.0, 0
-    for projection, z in zip(measured.projections, measured.teacher, strict=True):
+    for projection, z in zip(measured.project, measured.teacher, strict=True):
         p = projection.weight.detach() @ h + projection.bias.detach()
         total = total + 1 - (p @ z[n]) / (p.norm() * z[n].norm())
         residuals += len(z[n])
@@ -114,11 +123,83 @@ def test_other_losses_move_along_their_gradient(lookahead):
 
 def test_the_gradient_move_of_hint_is_independent_of_the_teachers_width():
     measured = _measurement((4,), {"hint": 1.0}, lookahead="gradient", eta=0.25)
-    (projection,), (z,) = measured.projections, measured.teacher
+    (projection,), (z,) = measured.project, measured.teacher
     W = projection.weight.detach()
     residual = projection(measured.student).detach() - z
     expected = measured.student - 0.25 * 2 * residual @ W  # gradient of the summed squares
     np.testing.assert_allclose(look_ahead(measured).detach(), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("losses", [{"hint": 1.0}, {"cosine": 1.0}])
+@pytest.mark.parametrize("lookahead", ["gauss_newton", "gradient"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_chosen_layer_moves_its_lane_as_if_it_were_the_only_one(losses, lookahead, dense):
+    chosen = torch.tensor([2, 0, 1, 0, 2])
+    measured = _measurement((3, 7, 4), losses, dense=dense, lookahead=lookahead, chosen=chosen)
+    moved = look_ahead(measured).detach()
+    for layer in range(3):
+        alone = replace(
+            measured,
+            teacher=[measured.teacher[layer]],
+            project=lambda h, layer=layer: [measured.project[layer](h)],
+            jacobians=[measured.jacobians[layer]],
+            loss=_only(measured.loss, layer),
+            chosen=None,
+        )
+        lanes = chosen == layer
+        np.testing.assert_allclose(moved[lanes], look_ahead(alone).detach()[lanes], rtol=1e-9)
+
+
+def _only(loss, layer):
+    """The loss of one layer."""
+    only = copy.deepcopy(loss)
+    only.layers = only.layers[layer : layer + 1]
+    return only
+
+
+@pytest.mark.parametrize("widths", [(2, 3), (6, 5)])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+def test_weighted_layers_move_to_the_minimum_of_their_weighted_squares(widths, dense, each):
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(LANES if each else 1, 2, generator=generator, dtype=torch.float64)
+    weights = weights / weights.sum(1, keepdim=True)
+    given = weights if each else weights[0]
+    measured = _measurement(widths, {"hint": 1.0}, dense=dense, weights=given, damping=0.2)
+    moved = look_ahead(measured).detach()
+    step = (moved - measured.student).requires_grad_()
+    # Half the weighted squares of the linear model plus the damping: its gradient is 0 there.
+    total = 0.1 * step.square().sum()
+    after, rows = measured.project(measured.student + step), weights.expand(LANES, 2)
+    for layer, (p, z) in enumerate(zip(after, measured.teacher, strict=True)):
+        squares = (p - z).square().flatten(1).sum(1)
+        total = total + 0.5 * (2 * rows[:, layer] * squares).sum()
+    (gradient,) = torch.autograd.grad(total, step)
+    assert gradient.abs().max() < 1e-9 < step.abs().max()
+
+
+def test_weights_of_the_layers_scale_the_gradient_move():
+    weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    measured = _measurement((3, 4), {"cosine": 1.0}, weights=weights, lookahead="gradient", eta=0.5)
+    h = measured.student.clone().requires_grad_()
+    total = sum(
+        2 * weight * (1 - F.cosine_similarity(p, z)).sum()
+        for weight, p, z in zip(weights, measured.project(h), measured.teacher, strict=True)
+    )
+    (g,) = torch.autograd.grad(total, h)
+    expected = measured.student - 0.5 * 7 * g
+    np.testing.assert_allclose(look_ahead(measured).detach(), expected, rtol=1e-9)
+
+
+def test_behind_a_projection_without_jacobians_hint_moves_along_its_gradient():
+    measured = _measurement((3,), {"hint": 1.0}, damping=0.3)
+    curved = replace(measured, project=lambda h: [measured.project[0](h).tanh()], jacobians=None)
+    h = measured.student.clone().requires_grad_()
+    losses = 3 * (measured.project[0](h).tanh() - measured.teacher[0]).square().mean(1)
+    (g,) = torch.autograd.grad(losses.sum(), h)
+    scale = 2 * losses / (g.square().sum(1) + 2 * 0.3 * losses)
+    expected = (h - scale[:, None] * g).detach()
+    np.testing.assert_allclose(look_ahead(curved).detach(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("losses", [{"hint": 1.0}, {"cosine": 1.0}, {"normalized_l2": 1.0}])
@@ -139,7 +220,7 @@ def test_an_angle_loss_falls_when_one_lane_moves_and_the_others_stay():
     moved = look_ahead(measured)
 
     def loss(features, lane):
-        return measured.loss(measured.projections[0](features), measured.teacher[0])[lane]
+        return measured.loss.layer(0, measured.project[0](features), measured.teacher[0])[lane]
 
     for lane in range(LANES):
         alone = measured.student.clone()
@@ -149,7 +230,7 @@ def test_an_angle_loss_falls_when_one_lane_moves_and_the_others_stay():
 
 def test_a_distance_loss_moves_each_lane_against_fixed_others_and_their_fixed_mean():
     measured = _measurement((3,), {"rkd_distance": 1.0}, lookahead="gradient", eta=1.0)
-    (projection,), (z,) = measured.projections, measured.teacher
+    (projection,), (z,) = measured.project, measured.teacher
     points = projection(measured.student).detach()
 
     def distances(a, b):
@@ -171,7 +252,7 @@ def test_a_distance_loss_moves_each_lane_against_fixed_others_and_their_fixed_me
 def test_a_matched_feature_stays_where_it_is():
     for losses in ({"hint": 1.0}, {"cosine": 1.0}, {"rkd_distance": 1.0}):
         measured = _measurement((3,), losses)
-        measured.teacher[0][:] = measured.projections[0](measured.student).detach()
+        measured.teacher[0][:] = measured.project[0](measured.student).detach()
         moved = look_ahead(measured).detach()
         np.testing.assert_allclose(moved, measured.student, atol=1e-6)
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from repfusion_env import load_config
 from repfusion_env.devices import resolve_device
-from repfusion_env.frozen import FrozenParts, build_frozen_parts
+from repfusion_env.frozen import build_frozen_parts
+from repfusion_env.fusion import Targets
 from repfusion_env.noise import keyed_noise
 from repfusion_env.student import learning_rate_factor
 from repfusion_env.trainer import DistillationTrainer, NonFiniteError
@@ -41,7 +42,7 @@ def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def _poison(trainer: DistillationTrainer, monkeypatch: pytest.MonkeyPatch, rows: slice) -> None:
     """Teacher features of these lanes become NaN."""
-    honest = trainer.parts.features
+    honest = trainer.parts.features.at
 
     def features(*arguments: Any) -> list[torch.Tensor]:
         found = honest(*arguments)
@@ -49,13 +50,7 @@ def _poison(trainer: DistillationTrainer, monkeypatch: pytest.MonkeyPatch, rows:
             z[rows] = float("nan")
         return found
 
-    class Poisoned:
-        widths = trainer.parts.features.widths
-        __call__ = staticmethod(features)
-
-    monkeypatch.setattr(
-        trainer, "parts", FrozenParts(**{**vars(trainer.parts), "features": Poisoned()})
-    )
+    monkeypatch.setattr(trainer.parts.features, "at", features)
 
 
 @pytest.mark.parametrize("scope", ["grid", "timestep"])
@@ -83,7 +78,7 @@ def test_three_steps_are_plain_torch_with_diffusers_and_adamw(tiny, tiny_teacher
         taps.clear()
         with torch.no_grad():
             unet(scheduler.add_noise(images, noise, timesteps), timesteps)
-        rows = timesteps // 200 if scope == "timestep" else timesteps * 0
+        rows = timesteps if scope == "timestep" else timesteps * 0
         teacher = (taps[0].mean((2, 3)) - mean[rows]) / deviation[rows]
         student.train()
         feature = student.backbone(images)["stage3"].mean((2, 3))
@@ -251,7 +246,7 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_names_causes(
     after = learned(trainer)
     assert all(value.isfinite().all() for value in after)
     assert not _same(after, before)
-    assert int(trainer.bad_in_a_row) == 0
+    assert int(trainer.updates.bad_in_a_row) == 0
 
 
 def test_one_poisoned_decision_does_not_spoil_the_steps_it_would_fill_up(
@@ -293,9 +288,9 @@ def test_fewer_lanes_are_filled_up_with_the_most_recent_decisions(tiny):
             trainer.parts.train, ids, timesteps, visits, trainer.noise_seed
         )
         batches.insert(0, ids.tolist())
-        found, features = trainer._fill_up(ids, new)
+        found, targets = trainer.recent.fill_up(ids, Targets(new))
         assert found.tolist() == [image for batch in batches for image in batch][:8]
-        assert torch.equal(features[0][:3], new[0])
+        assert torch.equal(targets.features[0][:3], new[0])
 
 
 @pytest.mark.parametrize(
@@ -308,6 +303,17 @@ def test_fewer_lanes_are_filled_up_with_the_most_recent_decisions(tiny):
         {"student.precision": "bf16", "teacher.precision": "bf16", "optimizer": "sgd"},
         {"student.channels_last": True, "teacher.channels_last": True},
         {"reward": {"kind": "teacher_probe", "probe_hidden": 8}, "teacher.input": "clean"},
+        {
+            "teacher.layers": [LAYER, "down_blocks.0.resnets.0.conv2"],
+            "distillation": {
+                "projection": "pyramid",
+                "dense": True,
+                "losses": {"hint": 1.0, "attention": 10.0},
+            },
+        },
+        {"distillation.projection": "pyramid", "student.precision": "bf16"},
+        {"distillation": {"vid": 1.0, "infonce": 1.0}, "distillation.projection": "pyramid"},
+        {"fusion.timesteps": [50], "distillation": "factor_transfer"},
     ],
     ids=lambda overrides: "-".join(map(str, overrides)),
 )
@@ -331,6 +337,8 @@ def test_distillation_lowers_its_loss_in_every_mode(tiny, overrides):
         {"reward": "student_gain", "student.ema": 0.9, "distillation": {"cosine": 1.0}},
         {"reward": "teacher_probe", "distillation.dense": True, "optimizer": "sgd"},
         {"distillation": {"rkd_distance": 1.0}, "student.precision": "bf16"},
+        {"distillation.projection": "pyramid", "distillation": {"crd": 1.0, "vid": 1.0}},
+        {"fusion": {"weights": "learned", "timesteps": [90]}, "reward.lookahead": "gradient"},
     ],
 )
 def test_no_step_waits_for_the_device(tiny, monkeypatch, overrides):
@@ -339,7 +347,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, overrides):
     trainer.step(*_batch(0, size=4))
     ids, timesteps, visits = _batch(1, size=4)
     heldout = ids % 40
-    monkeypatch.setattr(trainer, "_watch", lambda: None)
+    monkeypatch.setattr(trainer.updates, "watch", lambda _: None)
 
     def wait(*_: Any, **__: Any) -> Any:
         raise AssertionError("the host waits for the device")

@@ -312,7 +312,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch):
     env.reset(seed=0)
     actions = torch.tensor([0, 1, 2, 3])
     monkeypatch.setattr(env, "_checked", lambda given: given)
-    monkeypatch.setattr(env.trainer, "_watch", lambda: None)
+    monkeypatch.setattr(env.trainer.updates, "watch", lambda steps: None)
 
     def wait(*_: Any, **__: Any) -> Any:
         raise AssertionError("the host waits for the device")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.data.splits import resize
+from repfusion_env.data.splits import recolor, resize
 from repfusion_env.registry import DATASETS, look_up
 
 __all__ = ["ImageBank", "load_data"]
@@ -47,6 +47,10 @@ def load_data(config: DataConfig) -> tuple[ImageBank, ImageBank]:
         train, heldout = (
             replace(bank, images=resize(bank.images, config.image_size))
             for bank in (train, heldout)
+        )
+    if config.channels is not None:
+        train, heldout = (
+            replace(bank, images=recolor(bank.images, config.channels)) for bank in (train, heldout)
         )
     if train.shape != heldout.shape:
         raise ValueError(

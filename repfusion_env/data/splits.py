@@ -54,3 +54,28 @@ def resize(images: Tensor, side: int) -> Tensor:
 
     resized = transforms.resize(images, [side], antialias=True)
     return transforms.center_crop(resized, [side, side])
+
+
+def recolor(images: Tensor, channels: int) -> Tensor:
+    """Grey images as RGB (the same value three times), or RGB as grey (ITU-R BT.601 luma).
+
+    Args:
+        images: uint8, (M, C, H, W), C is 1 or 3.
+        channels: 1 or 3.
+
+    Raises:
+        ValueError: The images have another number of channels.
+    """
+    have = images.shape[1]
+    if have == channels:
+        return images
+    if have not in (1, 3):
+        raise ValueError(
+            f"data.channels: images with {have} channels cannot become {channels}; only 1 (grey) "
+            "and 3 (RGB) can"
+        )
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1).contiguous()
+    from torchvision.transforms.v2 import functional as transforms
+
+    return transforms.rgb_to_grayscale(images)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import nn
 
 from repfusion_env.config import ExperimentConfig, TeacherConfig
 from repfusion_env.config_loading import ConfigError
 from repfusion_env.registry import TEACHERS, look_up
 from repfusion_env.teachers.base import Teacher, TeacherCard, TeacherError, unknown_layers
+from repfusion_env.teachers.detect import family_of
+from repfusion_env.teachers.module import describe_module, wrap_module
 
 __all__ = [
     "Teacher",
@@ -29,18 +32,19 @@ __all__ = [
 def load_teacher(config: TeacherConfig, *, device: torch.device | str) -> Teacher:
     """Load the configured teacher, frozen, on ``device``.
 
+    A loader of the user's own may return a plain ``nn.Module``; see
+    :mod:`repfusion_env.teachers.module`.
+
     Raises:
         TeacherError: Files are missing, damaged, or belong to another kind of model.
         ValueError: The family is unknown.
         TypeError: A loader of the user's own does not return a teacher.
     """
-    teacher = look_up("teacher family", config.family, TEACHERS)(config, device=device)
-    if not isinstance(teacher, Teacher):
-        raise TypeError(
-            f"teacher family '{config.family}': its loader must return a Teacher "
-            f"(repfusion_env.teachers.base), not {type(teacher).__name__}"
-        )
-    return teacher
+    family = family_of(config)
+    loaded = look_up("teacher family", family, TEACHERS)(config, device=device)
+    if isinstance(loaded, nn.Module) and not isinstance(loaded, Teacher):
+        return wrap_module(loaded, config, device=device)
+    return _checked(loaded, family)
 
 
 def describe_teacher(config: TeacherConfig) -> TeacherCard:
@@ -52,14 +56,22 @@ def describe_teacher(config: TeacherConfig) -> TeacherCard:
         TeacherError: The files are missing or belong to another kind of model.
         ValueError: The family is unknown.
     """
-    load = look_up("teacher family", config.family, TEACHERS)
+    family = family_of(config)
+    load = look_up("teacher family", family, TEACHERS)
     describe = getattr(sys.modules.get(load.__module__), "describe", None)
     if describe is not None:
         card: TeacherCard = describe(config)
         return card
-    teacher = load_teacher(config, device="cpu")
+    loaded = load(config, device="cpu")
+    if isinstance(loaded, nn.Module) and not isinstance(loaded, Teacher):
+        return describe_module(loaded, config)
+    teacher = _checked(loaded, family)
     return TeacherCard(
-        teacher.channels, teacher.image_size, teacher.num_timesteps, tuple(teacher.layers)
+        teacher.channels,
+        teacher.image_size,
+        teacher.num_timesteps,
+        tuple(teacher.layers),
+        default_layers=tuple(teacher.layers),
     )
 
 
@@ -83,26 +95,59 @@ def check_fit(
     if outside:
         where = "timesteps.values" if config.timesteps.values is not None else "timesteps.last"
         problems.append(f"{where}: the grid holds {outside[0]}, but {allowed}")
+    problems += [
+        f"fusion.timesteps: {timestep} given; {allowed}"
+        for timestep in config.fusion.timesteps
+        if timestep > last
+    ]
     if config.observation.source == "teacher" and not 0 <= config.observation.timestep <= last:
         problems.append(f"observation.timestep: {config.observation.timestep} given; {allowed}")
+    layers = config.teacher.layers or card.default_layers
+    if not layers:
+        names = ", ".join(map(repr, card.layers_available[:12]))
+        problems.append(
+            "teacher.layers: this teacher has no layer of its own choice; name one, such as "
+            f"{names or '(it has none)'}"
+        )
     problems += [
-        f"teacher.layers: {sentence}"
-        for sentence in unknown_layers(config.teacher.layers, card.layers_available)
+        f"teacher.layers: {sentence}" for sentence in unknown_layers(layers, card.layers_available)
     ]
     channels, height, width = bank_shape
     if channels != card.channels:
         problems.append(
             f"teacher.model: the images have {_channels(channels)}, the teacher takes "
-            f"{card.channels}"
+            f"{card.channels}{_remedy(channels, card.channels)}"
         )
-    if height % card.side_divisor or width % card.side_divisor:
+    where, seen = "data.image_size: the images are", f"{height}x{width}"
+    if config.teacher.image_size is not None:
+        height = width = config.teacher.image_size
+        where, seen = "teacher.image_size: the teacher is shown", f"{height}x{width}"
+    trained = f"{card.image_size}x{card.image_size}"
+    if card.fixed_size and (height, width) != (card.image_size, card.image_size):
         problems.append(
-            f"data.image_size: the images are {height}x{width}, but the teacher halves them until "
-            f"each side must be a multiple of {card.side_divisor}; it was trained on "
-            f"{card.image_size}x{card.image_size}"
+            f"{where} {seen}, but the teacher takes {trained} alone; teacher.image_size "
+            f"{card.image_size} shows them to it so"
+        )
+    elif height % card.side_divisor or width % card.side_divisor:
+        problems.append(
+            f"{where} {seen}, but the teacher halves them until "
+            f"each side must be a multiple of {card.side_divisor}; it was trained on {trained}"
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _remedy(have: int, wanted: int) -> str:
+    return f"; data.channels {wanted} converts them" if {have, wanted} == {1, 3} else ""
+
+
+def _checked(loaded: object, family: str) -> Teacher:
+    if not isinstance(loaded, Teacher):
+        raise TypeError(
+            f"teacher family '{family}': its loader must return a Teacher "
+            f"(repfusion_env.teachers.base) or an nn.Module, not {type(loaded).__name__}"
+        )
+    return loaded
 
 
 def _channels(count: int) -> str:

@@ -14,6 +14,8 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from repfusion_env.teachers.reading.tracing import Trace
+
 
 class TeacherError(ValueError):
     """A teacher that cannot be found, loaded or used, in one sentence."""
@@ -39,11 +41,24 @@ class Teacher(Protocol):
     feature_shapes: dict[str, tuple[int, int, int]]
     fingerprint: str
 
+    def encode(self, images: Tensor) -> Tensor:
+        """What noise is added to: the images themselves, or the latents of a VAE.
+
+        Args:
+            images: In [-1, 1], float32, (N, C, H, W).
+
+        Returns:
+            float32, (N, ...), without gradients.
+        """
+        ...
+
     def features(self, images: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
         """Read the network, without gradients and without a host synchronisation.
 
+        There is no way in for a label or a prompt.
+
         Args:
-            images: Clean or already noised, float32, (N, C, H, W); clean ones are in [-1, 1].
+            images: What :meth:`encode` or :meth:`add_noise` gave, float32.
             timesteps: int64, (N,).
 
         Returns:
@@ -52,15 +67,15 @@ class Teacher(Protocol):
         ...
 
     def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise images as the teacher's scheduler does.
+        """Noise images as the teacher's own noise process does.
 
         Args:
-            images: In [-1, 1], float32, (N, C, H, W).
-            noise: Standard normal, float32, (N, C, H, W).
+            images: What :meth:`encode` gave, float32.
+            noise: Standard normal, float32, of the same shape.
             timesteps: int64, (N,).
 
         Returns:
-            float32, (N, C, H, W).
+            float32, of the same shape.
         """
         ...
 
@@ -83,6 +98,9 @@ class TeacherCard:
         num_timesteps: Timesteps of its noise scheduler.
         layers_available: Module paths whose output is a map (N, F, h, w).
         side_divisor: Each side of an image must be a multiple of this.
+        default_layers: What is read where the configuration names no layers.
+        fixed_size: Whether images must have the size ``image_size``.
+        trace: What one forward computes, layer by layer; None where it is not known.
     """
 
     channels: int
@@ -90,6 +108,9 @@ class TeacherCard:
     num_timesteps: int
     layers_available: tuple[str, ...]
     side_divisor: int = 1
+    default_layers: tuple[str, ...] = ()
+    fixed_size: bool = False
+    trace: Trace | None = None
 
 
 def unknown_layers(layers: Sequence[str], available: Iterable[str]) -> list[str]:

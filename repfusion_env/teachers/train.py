@@ -28,7 +28,8 @@ from repfusion_env.checkpoint import load_latest, save_checkpoint
 from repfusion_env.config import DataConfig
 from repfusion_env.data import ImageBank, load_data
 from repfusion_env.devices import resolve_device
-from repfusion_env.teachers.denoising import (
+from repfusion_env.teachers.training.arguments import parser
+from repfusion_env.teachers.training.denoising import (
     build_scheduler,
     build_unet,
     denoising_loss,
@@ -38,8 +39,11 @@ from repfusion_env.teachers.denoising import (
     step_generator,
     update_average,
 )
-from repfusion_env.teachers.model_folder import TrainingRecord, write_model_folder, write_samples
-from repfusion_env.teachers.train_arguments import parser
+from repfusion_env.teachers.training.model_folder import (
+    TrainingRecord,
+    write_model_folder,
+    write_samples,
+)
 
 KIND = "teacher-training"
 # What may differ when a run goes on: none of these changes the numbers it computes.

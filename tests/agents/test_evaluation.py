@@ -9,8 +9,24 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from agents.evaluation import Evaluation, evaluate, linear_probe_accuracy, reward_table
+from agents.evaluation import (
+    Evaluation,
+    evaluate,
+    linear_probe_accuracy,
+    random_actions,
+    reward_table,
+)
+from repfusion_env.actions.base import Choice
 from repfusion_env.envs import RepFusionVectorEnv
+
+TWO_LAYERS = {"teacher.layers": ["down_blocks.0.resnets.0.conv2", "mid_block.resnets.1.conv2"]}
+SPACES: dict[str, dict[str, Any]] = {
+    "continuous": {},
+    "continuous_timestep": {},
+    "layer": {"timesteps": {"values": [200]}, **TWO_LAYERS},
+    "timestep_and_layer": TWO_LAYERS,
+    "timestep_set": {"env.set_size": 2},
+}
 
 
 def by_brightness(observations: torch.Tensor) -> torch.Tensor:
@@ -30,17 +46,27 @@ def env(tiny: dict[str, Any]) -> RepFusionVectorEnv:
 
 def test_means_are_those_of_a_loop_over_images():
     rng = np.random.default_rng(0)
-    rewards, actions = rng.normal(size=(7, 4)), np.array([0, 3, 3, 1, 0, 2, 3])
-    valid = np.array([True, True, False, True])
-    found = Evaluation(rewards, actions, (0, 10, 20, 30), "student_lookahead", valid)
-    assert found.learned == pytest.approx(sum(rewards[i][a] for i, a in enumerate(actions)) / 7)
-    open_ones = [[row[k] for k in (0, 1, 3)] for row in rewards]
-    assert found.random == pytest.approx(sum(sum(row) for row in open_ones) / 21)
-    assert found.best_per_image == pytest.approx(sum(max(row) for row in open_ones) / 7)
-    assert found.by_timestep.tolist() == pytest.approx(
+    rewards, learned, random = (rng.normal(size=shape) for shape in ((7, 4), 7, (7, 8)))
+    found = Evaluation(
+        rewards=rewards,
+        learned_rewards=learned,
+        random_rewards=random,
+        arms=("0", "10", "20", "30"),
+        valid=np.array([True, True, False, True]),
+        timesteps=np.zeros((7, 1), int),
+        layers=None,
+        layer_names=("mid_block",),
+        chosen=None,
+        kind="student_lookahead",
+        noun="timestep",
+    )
+    assert found.learned == pytest.approx(sum(learned) / 7)
+    assert found.random == pytest.approx(sum(sum(row) for row in random) / 56)
+    best = [max(row[k] for k in (0, 1, 3)) for row in rewards]
+    assert found.best_per_image == pytest.approx(sum(best) / 7)
+    assert found.by_arm.tolist() == pytest.approx(
         [sum(row[k] for row in rewards) / 7 for k in range(4)]
     )
-    assert found.counts.tolist() == [2, 1, 1, 3]
 
 
 def test_the_table_holds_each_images_reward_at_each_timestep(env: RepFusionVectorEnv):
@@ -66,12 +92,15 @@ def test_a_policy_is_worth_what_it_earns_step_by_step_on_the_heldout_view(env: R
         actions.append(by_brightness(observations))
         observations, reward, *_ = view.step(actions[-1])
         rewards.append(reward)
-    np.testing.assert_array_equal(torch.cat(actions), found.actions)
-    assert len(set(found.actions.tolist())) > 2
+    chosen = torch.cat(actions)
+    np.testing.assert_array_equal(200 * chosen, found.timesteps[:, 0])
+    assert found.chosen.tolist() == chosen.bincount(minlength=5).tolist()
+    assert (found.chosen > 0).sum() > 2
+    np.testing.assert_array_equal(found.learned_rewards, found.rewards[np.arange(40), chosen])
     assert float(torch.cat(rewards).double().mean()) == pytest.approx(found.learned, abs=1e-5)
     limited = evaluate(env, by_brightness, 16)
     np.testing.assert_allclose(limited.rewards, found.rewards[:16], atol=1e-5)
-    assert len(evaluate(env, by_brightness, 1000).actions) == 40
+    assert len(evaluate(env, by_brightness, 1000).timesteps) == 40
 
 
 @pytest.mark.parametrize(
@@ -89,7 +118,96 @@ def test_closed_timesteps_do_not_count_for_random(tiny: dict[str, Any]):
     env = RepFusionVectorEnv(config=tiny, **{"timesteps.min_snr": 0.1})
     found = evaluate(env, by_brightness, 8)
     assert found.valid.tolist() == env.action_masks()[0].tolist() != [True] * 5
-    assert found.random == pytest.approx(found.by_timestep[found.valid].mean())
+    assert found.random == pytest.approx(found.by_arm[found.valid].mean())
+
+
+def policy(env: RepFusionVectorEnv) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One that tells images apart, in every space."""
+    space = env.single_action_space
+
+    def choose(observations: torch.Tensor) -> torch.Tensor:
+        number = (observations.sum(1).abs() * 7).long()
+        if env.actions.kind == "Box":
+            return (number % 13)[:, None] / 12.0
+        nvec = torch.tensor(getattr(space, "nvec", [getattr(space, "n", 1)]))
+        several = torch.stack([number // (component + 1) for component in range(len(nvec))], 1)
+        return (several % nvec).reshape(len(number), *(space.shape or ()))
+
+    return choose
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_in_every_space_a_policy_is_worth_what_it_earns_on_the_heldout_view(
+    tiny: dict[str, Any], name: str
+):
+    env = RepFusionVectorEnv(config=tiny, **SPACES[name], **{"env.action": name})
+    env.reset(seed=0)
+    choose = policy(env)
+    found = evaluate(env, choose, 16)
+    view = env.heldout_view(16)
+    observations, _ = view.reset(seed=0)
+    *_, info = _, rewards, *_ = view.step(choose(observations))
+    np.testing.assert_allclose(found.learned_rewards, rewards, atol=1e-4)
+    timesteps = info["timestep"].numpy().reshape(16, -1)
+    np.testing.assert_array_equal(found.timesteps, timesteps)
+    assert (found.layers is not None) == ("layer" in info)
+    if found.layers is not None:
+        np.testing.assert_array_equal(found.layers, info["layer"])
+    if found.chosen is not None and found.layers is None:
+        assert found.chosen.sum() == timesteps.size
+    # Arms are what their labels say, whatever the space.
+    bank, ids = env.trainer.parts.heldout, torch.arange(16)
+    names = list(env.trainer.parts.teacher.layers)
+    for index in (0, len(found.arms) - 1):
+        label = found.arms[index].split(", ")
+        t, layer = (label[0], label[-1]) if name != "layer" else ("200", label[0])
+        k = found.timesteps.shape[1]
+        choice = Choice(
+            torch.full((16, k), int(t)),
+            torch.full((16, k), env.grid.timesteps.index(int(t))),
+            torch.full((16,), names.index(layer)) if layer in names else None,
+        )
+        judged = env.trainer.judge(bank, ids, choice, torch.zeros(16, dtype=torch.int64))
+        np.testing.assert_allclose(found.rewards[:, index], judged.reward, atol=1e-4)
+    repeated = evaluate(env, choose, 16)
+    np.testing.assert_array_equal(found.random_rewards, repeated.random_rewards)
+
+
+def test_random_is_exact_where_the_arms_are_all_and_else_drawn(tiny: dict[str, Any]):
+    overrides = {**TWO_LAYERS, "env.action": "timestep_and_layer", "timesteps.min_snr": 0.1}
+    env = RepFusionVectorEnv(config=tiny, **overrides)
+    found = evaluate(env, policy(env), 8)
+    assert found.valid.tolist() == np.repeat(env.valid_timesteps, 2).tolist() != [True] * 10
+    assert found.random == pytest.approx(found.rewards[:, found.valid].mean())
+    assert found.pairs == (0, 200, 400, 600, 800)
+
+    sets = RepFusionVectorEnv(config=tiny, **{"env.action": "timestep_set", "env.set_size": 2})
+    found = evaluate(sets, policy(sets), 8)
+    generator = torch.Generator().manual_seed(7)
+    actions = random_actions(sets, 8 * 40, generator)
+    view = sets.heldout_view(8)
+    earned = []
+    for given in actions.split(8):
+        view.reset(seed=0)
+        earned.append(view.step(given)[1])
+    own = torch.cat(earned).double()
+    error = np.sqrt(own.var() / len(own) + found.random_rewards.var() / found.random_rewards.size)
+    assert found.random_rewards.shape == (8, 8)
+    assert abs(found.random - float(own.mean())) < 4 * error
+    assert found.random != pytest.approx(found.by_arm.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["discrete", "timestep_and_layer", "timestep_set"])
+def test_random_actions_are_even_over_what_is_open(tiny: dict[str, Any], name: str):
+    more = {**SPACES.get(name, {}), "env.action": name, "timesteps.min_snr": 0.1}
+    env = RepFusionVectorEnv(config=tiny, **more)
+    actions = random_actions(env, 3000, torch.Generator().manual_seed(0)).reshape(3000, -1)
+    masks = np.split(env.action_masks()[0], [5])
+    for column, mask in zip(actions.T, masks[: actions.shape[1]], strict=True):
+        share = column.bincount(minlength=len(mask)) / 3000
+        expected = mask / mask.sum()
+        deviation = np.sqrt(expected * (1 - expected) / 3000)
+        assert (np.abs(share.numpy() - expected) <= 4 * deviation).all()
 
 
 def test_evaluation_changes_nothing(

@@ -80,3 +80,31 @@ def test_pixels_get_convolutions_unless_an_mlp_is_asked_for():
 def test_a_cnn_on_embeddings_is_refused():
     with pytest.raises(ValueError, match=r"reinforce\.network: 'cnn' needs pixels, so .*auto, mlp"):
         make_network((6,), 2, ReinforceConfig(network="cnn"))
+
+
+def test_several_components_are_a_product_of_categories():
+    torch.manual_seed(1)
+    valid = torch.tensor([True, True, False, True, True])
+    policy = CategoricalPolicy((3,), (3, 2), ReinforceConfig(hidden=()), valid)
+    torch.nn.init.normal_(policy.network[-1].weight)
+    observation = torch.randn(1, 3)
+    log_p = policy(observation)
+    logits = policy.network(observation)[0].detach().double().numpy()
+    first, second = np.exp(logits[:3]) * [1, 1, 0], np.exp(logits[3:])
+    joint = np.outer(first / first.sum(), second / second.sum())  # (3, 2)
+    pairs = torch.tensor([[a, b] for a in range(3) for b in range(2)])
+    found = policy.log_probability(log_p.expand(6, -1), pairs).exp().detach()
+    np.testing.assert_allclose(found, joint.ravel(), atol=1e-6)
+    assert found[4:].tolist() == [0.0, 0.0]
+    entropy = -(log_p.exp() * log_p).sum()
+    positive = joint[joint > 0]
+    assert entropy.item() == pytest.approx(-(positive * np.log(positive)).sum(), rel=1e-5)
+    greedy = policy.greedy(observation)
+    assert greedy.shape == (1, 2)
+    assert tuple(greedy[0].tolist()) == np.unravel_index(joint.argmax(), joint.shape)
+
+    actions = policy.sample(observation.expand(20_000, 3), torch.Generator().manual_seed(2))
+    assert actions.shape == (20_000, 2) and actions.dtype == torch.int64
+    share = (actions @ torch.tensor([2, 1])).bincount(minlength=6) / 20_000
+    deviation = np.sqrt(joint * (1 - joint) / 20_000).ravel()
+    assert (np.abs(share.numpy() - joint.ravel()) <= 4 * deviation).all()

@@ -23,6 +23,7 @@ def agent_of(tiny: dict[str, Any]) -> Callable[..., tuple[RepFusionVectorEnv, Re
     return make
 
 
+TWO_LAYERS = {"teacher.layers": ["down_blocks.0.resnets.0", "mid_block.resnets.1.conv2"]}
 REWARDS = [[1.0, 2.0, 6.0, 3.0], [0.0, -1.0, 2.0, 5.0]]
 VALUES = [[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 4.0]]
 
@@ -96,6 +97,33 @@ def test_the_update_follows_the_policy_gradient_and_the_entropys(agent_of: Any, 
     assert np.abs(found).max() > 0.01
 
 
+def test_the_update_of_pairs_follows_the_gradient_of_their_joint_probability(agent_of: Any):
+    settings = {"baseline": "none", "normalize_advantage": False, "gradient_clip": 0.0}
+    more = {"env.action": "timestep_and_layer", "reinforce": settings | {"entropy_start": 0.7}}
+    env, agent = agent_of(**TWO_LAYERS, **more)
+    torch.nn.init.normal_(agent.policy.network[-1].weight)
+    generator = torch.Generator().manual_seed(4)
+    observation = torch.randn(env.single_observation_space.shape, generator=generator)
+    actions = torch.tensor([[[0, 1], [4, 0], [2, 1], [2, 1]]])
+    rewards = torch.randn(1, 4, generator=generator)
+    logits = agent.policy.network(observation[None])[0].detach().double().numpy()
+
+    def objective(logits: np.ndarray) -> float:
+        joint = np.outer(np.exp(logits[:5]), np.exp(logits[5:]))
+        joint = joint / joint.sum()  # (5, 2)
+        found = sum(
+            float(rewards[0, n]) * np.log(joint[tuple(actions[0, n].tolist())]) for n in range(4)
+        )
+        return found / 4 - 0.7 * (joint * np.log(joint)).sum()
+
+    steps = 1e-5 * np.eye(7)
+    numeric = [(objective(logits + d) - objective(logits - d)) / 2e-5 for d in steps]
+    lanes = observation.expand(1, 4, -1)
+    found = logits_gradient(agent, lanes, actions, rewards, progress=0.0)
+    np.testing.assert_allclose(found, -np.array(numeric), atol=1e-5)
+    assert np.abs(found).max() > 0.01
+
+
 def test_a_bandit_with_one_image_is_solved(agent_of: Any):
     env, agent = agent_of(reinforce={"learning_rate": 0.01, "baseline": "batch"})
     observation = torch.ones(1, 32, *env.single_observation_space.shape)
@@ -154,7 +182,7 @@ def test_masked_timesteps_are_never_chosen(agent_of: Any):
 
 def test_continuous_actions_are_refused(tiny: dict[str, Any]):
     env = RepFusionVectorEnv(config=tiny, **{"env.action": "continuous"})
-    with pytest.raises(ConfigError, match=r"env\.action: REINFORCE chooses grid indices"):
+    with pytest.raises(ConfigError, match=r"draws from categories, but 'continuous' is a Box"):
         Reinforce(env, 0)
 
 
@@ -171,8 +199,13 @@ def test_continuous_actions_are_refused(tiny: dict[str, Any]):
             "student.name": "mobilenetv2",
             "evaluation.every": 4,
         },
+        {
+            "env.action": "timestep_set",
+            "env.episode_length": 2,
+            "timesteps.min_snr": 0.1,
+        },
     ],
-    ids=["pixels-long", "group-gain", "dense-probe", "layers-losses"],
+    ids=["pixels-long", "group-gain", "dense-probe", "layers-losses", "set"],
 )
 def test_whatever_the_settings_a_run_is_made_to_its_end(
     overrides: dict[str, Any],
@@ -187,7 +220,8 @@ def test_whatever_the_settings_a_run_is_made_to_its_end(
     steps = -(-overrides.get("run.decisions", 40) // 4)
     steps = -(-steps // length) * length  # whole steps, and whole episodes
     assert rows[-1]["step"] == steps and rows[-1]["decisions"] == 4 * steps
-    assert sum(sum(row.get("timestep/counts", [])) for row in rows) == 4 * steps
+    chosen = 3 if overrides.get("env.action") == "timestep_set" else 1
+    assert sum(sum(row.get("timestep/counts", [])) for row in rows) == 4 * steps * chosen
     evaluated = [row["step"] for row in rows if "evaluation/learned_reward" in row]
     assert evaluated == ([4, 8, 10] if "evaluation.every" in overrides else [steps])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -47,7 +47,7 @@ def test_the_summary_says_what_the_saved_student_and_policy_are_worth(run: Path)
     assert summary["reward"]["learned"] == pytest.approx(found.learned, abs=1e-4)
     assert summary["reward"]["random"] == pytest.approx(found.random, abs=1e-4)
     assert list(summary["reward"]["fixed"]) == ["0", "200", "400", "600", "800"]
-    assert list(summary["reward"]["fixed"].values()) == pytest.approx(found.by_timestep, abs=1e-4)
+    assert list(summary["reward"]["fixed"].values()) == pytest.approx(found.by_arm, abs=1e-4)
     accuracy = linear_probe_accuracy(env.trainer, 10_000)
     assert summary["student"]["linear_probe_accuracy"] == pytest.approx(accuracy)
     assert summary["heldout_images"] == 24 and summary["decisions"] == 80

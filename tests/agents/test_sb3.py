@@ -37,7 +37,7 @@ def settings(name: str) -> dict[str, Any]:
     return {
         "sb3.algo": name,
         "sb3.arguments": SMALL.get(name, SMALL["replay"]),
-        "env.action": ALGORITHMS[name].actions[0],
+        "env.action": "discrete" if "Discrete" in ALGORITHMS[name].actions else "continuous",
         "run.decisions": LANES * STEPS,
         "run.log_every": 4,
         "run.checkpoint_every": 8,
@@ -74,10 +74,15 @@ def test_every_algorithm_trains_goes_on_exactly_and_leaves_the_same_behind(
     }
     assert summary["decisions"] == LANES * STEPS
     assert zipfile.is_zipfile(whole / "model.zip")
+    assert_goes_on_exactly(whole, main, logged)
 
+
+def assert_goes_on_exactly(
+    whole: Path, main: Callable[[list[str]], int], logged: Callable[[Path], Any]
+) -> None:
     # As if it had been killed after the last checkpoint but one: replay buffer, optimizers,
     # counters and random states come back from there.
-    run = tmp_path / "again"
+    run = whole.parent / "again"
     shutil.copytree(whole, run)
     (run / "summary.json").unlink()
     sorted((run / "checkpoints").iterdir())[-1].unlink()
@@ -87,6 +92,43 @@ def test_every_algorithm_trains_goes_on_exactly_and_leaves_the_same_behind(
         ours, theirs = (load_file(path / f"{weights}.safetensors") for path in (run, whole))
         for key, value in theirs.items():
             np.testing.assert_array_equal(ours[key], value, err_msg=f"{weights}: {key}")
+
+
+TWO_LAYERS = {"teacher.layers": ["down_blocks.0.resnets.0", "mid_block.resnets.1.conv2"]}
+# A space of each kind under an algorithm of each family.
+PAIRS: dict[tuple[str, str], dict[str, Any]] = {
+    ("reinforce", "timestep_and_layer"): TWO_LAYERS,
+    ("ppo", "timestep_set"): {"env.set_size": 2},
+    ("maskable_ppo", "timestep_and_layer"): {**TWO_LAYERS, "timesteps.min_snr": 0.1},
+    ("dqn", "layer"): {"timesteps.values": [200], **TWO_LAYERS},
+    ("sac", "continuous_timestep"): {},
+}
+
+
+@pytest.mark.parametrize(("name", "action"), PAIRS)
+def test_every_kind_of_space_is_driven_and_goes_on_exactly(
+    name: str,
+    action: str,
+    experiment: Callable[..., Path],
+    logged: Callable[[Path], Any],
+    tmp_path: Path,
+):
+    base = settings("ppo" if name == "reinforce" else name)
+    command = train_reinforce if name == "reinforce" else main
+    config = str(experiment(**{**base, "env.action": action, **PAIRS[name, action]}))
+    assert command(["--config", config, "--run.name", "whole"]) == 0
+    rows = [row for row in logged(tmp_path / "whole") if "reward/mean" in row]
+    chosen = 2 if action == "timestep_set" else 1
+    assert all(sum(row["timestep/counts"]) == 4 * LANES * chosen for row in rows)
+    assert ("layer/counts" in rows[0]) == ("layer" in action)
+    if "timesteps.min_snr" in PAIRS[name, action]:
+        assert all(sum(row["timestep/counts"][-2:]) == 0 for row in rows)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert len(summary["reward"]["fixed"]) == {"timestep_and_layer": 10, "layer": 2}.get(action, 5)
+    if "layer" in action:
+        assert list(summary["layer"]) == TWO_LAYERS["teacher.layers"]
+        assert sum(summary["layer"].values()) == pytest.approx(1)
+    assert_goes_on_exactly(tmp_path / "whole", command, logged)
 
 
 def test_the_summary_has_the_keys_of_reinforce(experiment: Callable[..., Path], tmp_path: Path):
@@ -109,8 +151,26 @@ def test_the_summary_has_the_keys_of_reinforce(experiment: Callable[..., Path], 
 @pytest.mark.parametrize(
     ("options", "sentences"),
     [
-        (["--algo", "sac"], ["sb3.algo: sac acts on continuous actions alone, but env.action is"]),
-        (["--algo", "dqn", "--env.action", "continuous"], ["sb3.algo: dqn acts on discrete"]),
+        (
+            ["--algo", "sac"],
+            [
+                "sb3.algo: sac acts on Box spaces alone, but env.action 'discrete' is Discrete; "
+                "choose one of ppo, a2c, dqn, qrdqn, trpo, recurrent_ppo, maskable_ppo, ars, or "
+                "env.action continuous or continuous_timestep"
+            ],
+        ),
+        (
+            ["--algo", "dqn", "--env.action", "timestep_set"],
+            [
+                "sb3.algo: dqn acts on Discrete spaces alone, but env.action 'timestep_set' is "
+                "MultiDiscrete; choose one of ppo, a2c, trpo, recurrent_ppo, maskable_ppo, or "
+                "env.action discrete or layer"
+            ],
+        ),
+        (
+            ["--algo", "ars", "--env.action", "timestep_set"],
+            ["sb3.algo: ars acts on Discrete and Box spaces alone, but"],
+        ),
         (["--algo", "pppo"], ["sb3.algo: unknown algorithm 'pppo'. Did you mean 'ppo'?"]),
         (["--timesteps.min_snr", "0.1"], ["timesteps.min_snr: ppo takes no action masks;"]),
         (["--sb3.arguments.n_step", "3"], ["sb3.arguments: ppo has no 'n_step'. Did you mean"]),

@@ -35,7 +35,7 @@ def test_seed_reports_what_the_training_command_wrote(tiny: dict[str, Any], tmp_
     fixed = summary["reward"]["fixed"]
     assert found["reward"]["learned"] == summary["reward"]["learned"]
     assert found["reward"]["random"] == pytest.approx(sum(fixed.values()) / len(fixed))
-    assert found["reward"]["best fixed"] == max(fixed.values()) == fixed[str(found["timestep"])]
+    assert found["reward"]["best fixed"] == max(fixed.values()) == fixed[found["fixed"]]
     # The student that is probed here has been written to a file and read again.
     assert found["accuracy"]["96"]["learned"] == summary["student"]["linear_probe_accuracy"]
     assert set(found["accuracy"]) == {"50", "96"}

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from repfusion_env.config import DataConfig
 from repfusion_env.data import ImageBank, load_data
-from repfusion_env.data.splits import resize, split
+from repfusion_env.data.splits import recolor, resize, split
 
 
 def test_digits_are_1400_to_397_grey_images_of_16x16():
@@ -71,6 +71,18 @@ def test_image_size_resizes_both_banks():
     # Halving with antialiasing loses no brightness: means agree, as with no cropping or padding.
     whole, _ = load_data(DataConfig(train_limit=3))
     assert abs(float(train.images.float().mean() - whole.images.float().mean())) < 2
+
+
+def test_channels_turn_grey_into_rgb_and_back():
+    grey, _ = load_data(DataConfig(train_limit=3))
+    rgb, heldout = load_data(DataConfig(train_limit=3, channels=3))
+    assert rgb.shape == heldout.shape == (3, 16, 16)
+    assert all(torch.equal(rgb.images[:, channel], grey.images[:, 0]) for channel in range(3))
+    assert (recolor(rgb.images, 1).int() - grey.images.int()).abs().max() <= 1
+    red = torch.tensor([100, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert abs(int(recolor(red, 1)) - 29.9) <= 1  # BT.601
+    with pytest.raises(ValueError, match="images with 4 channels cannot become 3"):
+        recolor(torch.zeros(1, 4, 2, 2, dtype=torch.uint8), 3)
 
 
 def test_resizing_keeps_proportions_and_cuts_the_middle():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from students import Projection
+from students.projection import LinearProjections
 
 
 def pool(maps: Tensor) -> Tensor:
@@ -83,3 +84,15 @@ def test_features_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_empty_width_is_refused() -> None:
     with pytest.raises(ValueError, match="widths of at least 1, got 0 to 3"):
         Projection(0, 3)
+
+
+def test_one_projection_per_teacher_layer_reads_the_last_stage() -> None:
+    torch.manual_seed(0)
+    projections = LinearProjections([(9, 8, 8), (4, 2, 2)], [(3, 4, 4), (6, 1, 1)])
+    assert [tuple(weight.shape) for weight in projections.jacobians()] == [(3, 4), (6, 4)]
+    maps = torch.randn(5, 4, 2, 2)
+    for feature in (maps, pool(maps)):
+        found = projections(feature)
+        for layer, projection in zip(found, projections, strict=True):
+            assert torch.equal(layer, projection(feature))
+    assert [name for name, _ in projections.named_parameters()][:2] == ["0.weight", "0.bias"]

@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from repfusion_env.config import DataConfig, TeacherConfig
 from repfusion_env.data import ImageBank, load_data
 from repfusion_env.teachers import Teacher, check_fit, describe_teacher, load_teacher
-from repfusion_env.teachers.model_files import SHIPPED
+from repfusion_env.teachers.files.model_files import SHIPPED
 
 LAYER = "mid_block.resnets.1.conv2"
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -92,28 +93,29 @@ def test_weights_that_are_not_the_networks_are_named(make_model):
     assert "has a wrong shape of weights conv_out.bias" in change_weights(
         make_model(name="c"), lambda weights: weights.update({"conv_out.bias": torch.ones(7)})
     )
-    assert "not finite in conv_out.bias" in change_weights(
-        make_model(name="d"), lambda weights: weights["conv_out.bias"].fill_(float("nan"))
+    assert "not finite in conv_in.bias" in change_weights(
+        make_model(name="d"), lambda weights: weights["conv_in.bias"].fill_(float("nan"))
     )
 
 
 def test_another_kind_of_model_or_scheduler(make_model):
     folder = make_model()
     edit(folder / "config.json", _class_name="UNet2DConditionModel")
-    assert "is a UNet2DConditionModel; family 'unet2d' takes a UNet2DModel" in refusal(folder)
+    said = refusal(folder, family="unet2d")
+    assert "is a UNet2DConditionModel; family 'unet2d' takes a UNet2DModel" in said
+    edit(folder / "config.json", _class_name="UNet5DModel")
+    assert "names 'UNet5DModel', which belongs to no known family" in refusal(folder)
     edit(folder / "config.json", _class_name="UNet2DModel")
     edit(folder / "scheduler_config.json", _class_name="DDPMSchedular")
     assert "names 'DDPMSchedular', which is no scheduler" in refusal(folder)
-    (folder / "scheduler_config.json").write_text(
-        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    )
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "IPNDMScheduler"}))
     assert "has no alphas_cumprod" in refusal(folder)
 
 
 def test_configurations_that_cannot_be_built(make_model):
     folder = make_model()
     edit(folder / "config.json", down_block_types=["DownBlock2D"])
-    assert "cannot build a UNet2DModel from its config.json" in refusal(folder)
+    assert "the network of its config.json cannot be built" in refusal(folder)
     edit(folder / "config.json", sample_size=None)
     assert "gives sample_size None" in refusal(folder)
     (folder / "config.json").write_text("{")
@@ -149,7 +151,14 @@ def test_a_hub_id_that_cannot_be_reached_says_that_a_folder_works(tmp_path, monk
 
 
 RANGE = "the teacher's scheduler has the timesteps 0..999"
-CARD = TeacherCard(1, 16, 1000, ("mid_block.resnets.1.conv2", "mid_block.resnets.0.conv1"), 4)
+CARD = TeacherCard(
+    channels=1,
+    image_size=16,
+    num_timesteps=1000,
+    layers_available=("mid_block.resnets.1.conv2", "mid_block.resnets.0.conv1"),
+    side_divisor=4,
+    default_layers=("mid_block.resnets.1.conv2",),
+)
 
 
 def problems(
@@ -175,6 +184,19 @@ def test_timesteps_outside_the_scheduler_name_the_first_and_the_range():
     assert said[0].startswith("timesteps.last: the grid holds 1500")
 
 
+def test_a_teacher_of_one_size_says_how_it_is_shown_others():
+    card = dataclasses.replace(CARD, fixed_size=True)
+    check_fit(card, load_config({}), (1, 16, 16))
+    check_fit(card, load_config({}, {"teacher.image_size": 16}), (1, 28, 28))
+    said = problems(card, {}, (1, 28, 28))
+    assert said == [
+        "data.image_size: the images are 28x28, but the teacher takes 16x16 alone; "
+        "teacher.image_size 16 shows them to it so"
+    ]
+    said = problems(CARD, {"teacher.image_size": 30}, (1, 16, 16))
+    assert said[0].startswith("teacher.image_size: the teacher is shown 30x30")
+
+
 def test_an_observation_that_is_not_the_teachers_needs_no_timestep():
     overrides = {"observation.source": "pixels", "observation.timestep": 4000}
     check_fit(CARD, load_config({}, overrides), (1, 16, 16))
@@ -190,7 +212,7 @@ def test_everything_that_does_not_fit_is_said_at_once():
         "the grid holds 1000",
         "teacher.layers: the teacher has no layer 'mid_block.resnets.1.conv3'",
         "did you mean 'mid_block.resnets.1.conv2'",
-        "teacher.model: the images have 3 channels, the teacher takes 1",
+        "teacher.model: the images have 3 channels, the teacher takes 1; data.channels 1 converts",
         "data.image_size: the images are 30x30",
         "a multiple of 4",
     ):

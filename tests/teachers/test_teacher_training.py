@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from repfusion_env.config import TeacherConfig
 from repfusion_env.teachers import load_teacher
-from repfusion_env.teachers.denoising import image_grid, learning_rate, update_average
 from repfusion_env.teachers.train import main
+from repfusion_env.teachers.training.denoising import image_grid, learning_rate, update_average
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = [

@@ -120,7 +120,7 @@ def test_what_lies_behind_the_cut_is_freed(make_model):
     whole = sum(weight.numel() for weight in UNet2DModel.from_pretrained(folder).parameters())
 
     def kept(layer: str) -> int:
-        return sum(weight.numel() for weight in teacher_of(folder, layer).unet.parameters())  # type: ignore[attr-defined]
+        return sum(weight.numel() for weight in teacher_of(folder, layer).network.parameters())  # type: ignore[attr-defined]
 
     sizes = [
         kept(layer)

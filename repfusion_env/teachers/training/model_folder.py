@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repfusion_env.atomic import atomic_file, write_text
 from repfusion_env.data import ImageBank
-from repfusion_env.teachers.denoising import image_grid
+from repfusion_env.teachers.training.denoising import image_grid
 
 DATA_NOTES = {
     "digits": (

@@ -1,0 +1,217 @@
+"""Several timesteps and layers of the teacher as one target.
+
+Shape letters: N lanes, B samples, k chosen timesteps, T slots of one target (the k chosen ones,
+then ``fusion.timesteps``), L teacher layers, K grid length, F feature width, h,w positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from repfusion_env import fusion_rules
+from repfusion_env.actions.base import Choice
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.config_loading import ConfigError
+from repfusion_env.data.bank import ImageBank
+from repfusion_env.features import TeacherFeatures
+from repfusion_env.timesteps import TimestepGrid
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What B samples are to match.
+
+    Attributes:
+        features: Per layer (B, F), or dense (B, F, h, w); without gradients.
+        weights: Of the layers' losses, (B, L) or for all samples (L,), each row of sum 1; None:
+            equal.
+        chosen: (B,) int64, the only layer that counts; None: all of them.
+        probe: Input of the probe head, (B, sum of F), with a gradient to the fusion's weights; None
+            where these are not learned.
+    """
+
+    features: list[Tensor]
+    weights: Tensor | None = None
+    chosen: Tensor | None = None
+    probe: Tensor | None = None
+
+    def kept(self) -> Targets:
+        """The same without gradients, for a later step."""
+        return self if self.probe is None else replace(self, probe=self.probe.detach())
+
+
+class Fusion(nn.Module):
+    """Makes one target per lane out of a choice: ``sum_j w_lj z_lj`` over the slots j, per layer l.
+
+    With ``weights: learned`` there is one logit per layer and timestep (of the grid and of
+    ``fusion.timesteps``), and the softmax over those that a lane uses weighs them, as Luo et al.,
+    "Diffusion Hyperfeatures", NeurIPS 2023, weigh layers and timesteps. As there, the task trains
+    them: the gradient comes from the probe head's task loss alone. The distillation loss would make
+    the target easy to match, not useful, so it gets the weights without their gradient.
+
+    Args:
+        config: Its section ``fusion``, and what has to fit it.
+        layers: The teacher's layers.
+        grid: What actions choose from.
+        num_timesteps: Timesteps of the teacher.
+
+    Raises:
+        ConfigError: The configuration does not fit the number of layers.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        layers: Sequence[str],
+        grid: TimestepGrid,
+        num_timesteps: int,
+    ) -> None:
+        super().__init__()
+        # Only here the layers are known where the configuration leaves them to the teacher.
+        known = replace(config, teacher=replace(config.teacher, layers=tuple(layers)))
+        problems = fusion_rules.conflicts(known)
+        if problems:
+            raise ConfigError(problems)
+        fusion = config.fusion
+        self.layers, self.timesteps, self.mixture = tuple(layers), fusion.timesteps, fusion.mixture
+        self._entries = (*grid.timesteps, *fusion.timesteps)
+        device = grid.tensor.device
+        self.logits: nn.Parameter | None = None
+        if fusion.weights == "learned":
+            self.logits = nn.Parameter(torch.zeros(len(layers), len(self._entries), device=device))
+        shares = torch.tensor(fusion.layers, device=device)
+        self._shares = shares / shares.sum() if len(fusion.layers) > 1 else None
+        every = torch.arange(num_timesteps, device=device)
+        self._nearest = (every[:, None] - grid.tensor).abs().argmin(1)  # (timesteps,)
+        # The slots that are the same for every lane, as rows of the logits.
+        self._constant = torch.arange(len(grid), len(self._entries), device=device)
+
+    def choice(self, timesteps: Tensor) -> Choice:
+        """The choice of one timestep (N,) per lane, of all layers."""
+        return Choice(timesteps[:, None], self._nearest[timesteps][:, None])
+
+    def forward(
+        self,
+        features: TeacherFeatures,
+        bank: ImageBank,
+        ids: Tensor,
+        choice: Choice,
+        visits: Tensor,
+        noise_seed: int,
+    ) -> Targets:
+        """The targets of N lanes; one teacher forward per slot, whose features are not kept.
+
+        Args:
+            features: The teacher's, standardised.
+            bank: Where ``ids`` point.
+            ids: (N,) images.
+            choice: What the actions chose.
+            visits: (N,) keys of fresh noise.
+            noise_seed: Seed of the noise.
+
+        Raises:
+            ValueError: ``fusion.mixture`` has another length than there are slots.
+        """
+        slots = choice.timesteps.shape[1] + len(self.timesteps)
+        if self.mixture and len(self.mixture) != slots:
+            raise ValueError(
+                f"fusion.mixture: {len(self.mixture)} weights given, but a target has {slots} "
+                f"timestep{'' if slots == 1 else 's'}"
+            )
+        mixture, weights = None, self._shares
+        if self.logits is not None:
+            mixture, weights = self._learned(self.logits, choice)
+        if choice.layers is not None:
+            places = torch.arange(len(self.layers), device=ids.device)
+            weights = (choice.layers[:, None] == places).float()  # (N, L)
+        clean = features.clean(bank, ids)
+        fused: list[Tensor] = []
+        pooled: list[Tensor] = []
+        for slot in range(slots):
+            found = features.at(clean, ids, self._at(slot, choice), visits, noise_seed)
+            if slots == 1:
+                fused = found
+                pooled = [] if mixture is None else [_pooled(z) for z in found]
+                break
+            if mixture is None:
+                fused = _summed(fused, [z * self._share(slot, slots) for z in found])
+                continue
+            shares = mixture[:, :, slot].unbind(1)  # L times (N,)
+            terms = [z * _beside(w.detach(), z) for z, w in zip(found, shares, strict=True)]
+            fused = _summed(fused, terms)
+            # The gradient needs the features of all slots, but only of their averages.
+            flat = [_pooled(z) * w[:, None] for z, w in zip(found, shares, strict=True)]
+            pooled = _summed(pooled, flat)
+        targets = Targets(fused, None if weights is None else weights.detach(), choice.layers)
+        if self.logits is None:
+            return targets
+        return replace(targets, probe=_side_by_side(pooled, weights))
+
+    def shares(self) -> dict[str, Tensor]:
+        """The learned weights as metrics: of each layer and of each timestep, summing to 1 each."""
+        if self.logits is None:
+            return {}
+        weights = self.logits.detach().flatten().softmax(0).view_as(self.logits)
+        named = zip(self.layers, weights.sum(1), strict=True)
+        found = {f"fusion/layer/{layer}": share for layer, share in named}
+        for index, timestep in enumerate(self._entries):
+            tag = f"fusion/timestep/{timestep}"
+            share = weights[:, index].sum()
+            # A timestep may stand in the grid and be part of every target.
+            found[tag] = found[tag] + share if tag in found else share
+        return found
+
+    def _at(self, slot: int, choice: Choice) -> Tensor:
+        chosen = choice.timesteps.shape[1]
+        if slot < chosen:
+            return choice.timesteps[:, slot]
+        return torch.full_like(choice.timesteps[:, 0], self.timesteps[slot - chosen])
+
+    def _share(self, slot: int, slots: int) -> float:
+        """The fixed weight of one slot."""
+        return self.mixture[slot] / sum(self.mixture) if self.mixture else 1.0 / slots
+
+    def _learned(self, logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Mixture (N, L, T) within each layer, and the layers' weights (N, L)."""
+        constant = self._constant.expand(len(choice.indices), -1)
+        used = logits[:, torch.cat((choice.indices, constant), dim=1)].transpose(0, 1)  # (N, L, T)
+        return used.softmax(2), used.logsumexp(2).softmax(1)
+
+
+def probe_input(targets: Targets) -> Tensor:
+    """What the probe head reads: all layers side by side, (B, sum of F).
+
+    Each is scaled by its weight, which is 1 on average over the layers that count; a layer that was
+    not chosen is zeros.
+    """
+    if targets.probe is not None:
+        return targets.probe
+    return _side_by_side([_pooled(z) for z in targets.features], targets.weights)
+
+
+def _side_by_side(pooled: list[Tensor], weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        scale = weights * (weights > 0).sum(-1, keepdim=True)
+        # where, since 0 times a non-finite feature of a layer nobody chose would not be 0.
+        pooled = [
+            torch.where(scale[..., layer, None] > 0, z * scale[..., layer, None], 0.0)
+            for layer, z in enumerate(pooled)
+        ]
+    return torch.cat(pooled, dim=1)
+
+
+def _pooled(z: Tensor) -> Tensor:
+    return z.mean((2, 3)) if z.ndim == 4 else z
+
+
+def _beside(share: Tensor, z: Tensor) -> Tensor:
+    """A share (N,) in the shape that multiplies (N, ...)."""
+    return share.view(-1, *[1] * (z.ndim - 1))
+
+
+def _summed(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(total, terms, strict=True)] if total else terms

@@ -1,0 +1,17 @@
+"""Differences of features, element by element."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repfusion_env.losses.shape import Anchors
+
+
+def hint(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
+    """Mean squared difference. Hints: Romero et al., "FitNets", ICLR 2015, eq. 3."""
+    return (student - teacher).square().flatten(1).mean(1)
+
+
+def l1(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
+    """Mean absolute difference. For features: Kim et al., "Factor Transfer", NeurIPS 2018."""
+    return (student - teacher).abs().flatten(1).mean(1)

@@ -1,0 +1,67 @@
+"""What is measured of a student against its targets: losses per lane, and what rewards ask for.
+
+Shape letters: B samples, S student width, F teacher width, h,w positions, L teacher layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from repfusion_env.features import resized
+from repfusion_env.losses import DistillationLoss
+from repfusion_env.student import Student
+
+
+def matched_feature(
+    student: Student, maps: Sequence[Tensor], pooled: Tensor, dense: bool
+) -> Tensor:
+    """What the projection takes: the last map (B, S, h, w), or its average (B, S) if that does."""
+    return maps[-1] if dense or student.projections.all_stages else pooled
+
+
+def projected(
+    student: Student, feature: Tensor, lower: Sequence[Tensor], dense: bool
+) -> list[Tensor]:
+    """The student's feature at each teacher layer, (B, F), or dense (B, F, h, w)."""
+    found: list[Tensor] = student.projections(feature, lower)
+    return [p.mean((2, 3)) if p.ndim == 4 and not dense else p for p in found]
+
+
+def on_student_grid(student: Student, teacher: Sequence[Tensor]) -> list[Tensor]:
+    """Dense targets at the resolution at which they are matched; pooled ones as they are."""
+    sizes = student.projections.sizes
+    return [resized(z, size) if z.ndim == 4 else z for z, size in zip(teacher, sizes, strict=True)]
+
+
+def layer_losses(
+    loss: DistillationLoss,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor | None,
+    ids: Tensor | None,
+) -> Tensor:
+    """Distillation loss per sample, (B,): the layers' mean, or their sum by ``weights``.
+
+    Args:
+        loss: The configured one.
+        student: Projected student features per layer.
+        teacher: Targets per layer, of the same shapes.
+        weights: (B, L) or (L,), of sum 1; None: the mean.
+        ids: (B,) images of the training bank, or None for others.
+    """
+    pairs = enumerate(zip(student, teacher, strict=True))
+    losses = [loss.layer(index, p, z, ids=ids) for index, (p, z) in pairs]
+    if weights is None:
+        return torch.stack(losses).mean(0)
+    stacked = torch.stack(losses, dim=1)  # (B, L)
+    # A layer that was not chosen counts for nothing even where it is not finite.
+    return torch.where(weights > 0, stacked * weights, 0.0).sum(1)
+
+
+def finite_reward(reward: Tensor, loss: Tensor) -> Tensor:
+    """Rewards with NaN replaced by what doing nothing is worth; the step is counted as bad."""
+    reward = torch.where(torch.isfinite(reward), reward, -loss)
+    return torch.nan_to_num(reward, nan=-10.0, posinf=10.0, neginf=-10.0)

@@ -1,0 +1,105 @@
+"""Earlier decisions that fill up a batch of few lanes.
+
+Shape letters: N lanes, B samples, L teacher layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repfusion_env.fusion import Targets
+
+
+class RecentDecisions:
+    """The most recent (image, target) pairs, up to the batch size.
+
+    Args:
+        size: Batch size of the update.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._kept: tuple[Tensor, Targets] | None = None
+
+    def fill_up(self, ids: Tensor, new: Targets) -> tuple[Tensor, Targets]:
+        """This step's samples first, then the most recent earlier ones up to the batch size.
+
+        Args:
+            ids: (N,) images of this step.
+            new: Their targets.
+
+        Returns:
+            Images (B,) and targets; B is ``size``, or N where that is more, or fewer at the start.
+        """
+        if len(ids) >= self.size:
+            return ids, new
+        targets = Targets(new.features, new.weights, probe=new.probe)
+        if self._kept is not None:
+            lanes = len(ids)
+            ids, targets = self._joined(ids, targets, *self._kept)
+            # An earlier decision without a finite feature spoilt its own step; the newest decision
+            # takes its place, or it would spoil every step until it has left the batch.
+            finite = [z.flatten(1).isfinite().all(1) for z in targets.features]
+            rows = torch.arange(len(ids), device=ids.device)
+            rows = rows * (torch.stack(finite).all(0) | (rows < lanes))
+            ids, targets = ids[rows], _taken(targets, rows)
+        self._kept = (ids, targets.kept())
+        return ids, targets
+
+    def _joined(
+        self, ids: Tensor, new: Targets, old_ids: Tensor, old: Targets
+    ) -> tuple[Tensor, Targets]:
+        size, lanes = self.size, (len(ids), len(old_ids))
+        pairs = zip(new.features, old.features, strict=True)
+        features = [torch.cat(pair)[:size] for pair in pairs]
+        weights = new.weights
+        if any(w is not None and w.ndim == 2 for w in (new.weights, old.weights)):
+            both = (new.weights, old.weights)
+            rows = [
+                torch.full((n, len(features)), 1.0 / len(features), device=ids.device)
+                if w is None
+                else w.expand(n, -1)
+                for n, w in zip(lanes, both, strict=True)
+            ]
+            weights = torch.cat(rows)[:size]
+        probe = None
+        if new.probe is not None and old.probe is not None:
+            probe = torch.cat((new.probe, old.probe))[:size]
+        return torch.cat((ids, old_ids))[:size], Targets(features, weights, probe=probe)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What is kept, for a resume; None before the first decision."""
+        if self._kept is None:
+            return None
+        ids, targets = self._kept
+        return {
+            "ids": ids,
+            "features": list(targets.features),
+            "weights": targets.weights,
+            "probe": targets.probe,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._kept = None
+        if state is not None:
+            targets = Targets(state["features"], state["weights"], probe=state["probe"])
+            self._kept = (state["ids"].to(device), _mapped(targets, lambda v: v.to(device)))
+
+
+def _mapped(targets: Targets, change: Callable[[Tensor], Tensor]) -> Targets:
+    """``change`` applied to every tensor."""
+    features = [change(z) for z in targets.features]
+    weights = None if targets.weights is None else change(targets.weights)
+    return Targets(
+        features, weights, probe=None if targets.probe is None else change(targets.probe)
+    )
+
+
+def _taken(targets: Targets, rows: Tensor) -> Targets:
+    """The samples ``rows``; weights (L,) are of all samples."""
+    return _mapped(targets, lambda v: v if v is targets.weights and v.ndim == 1 else v[rows])

@@ -1,0 +1,1 @@
+"""What teachers are on disk: configurations, weights, text encoders."""

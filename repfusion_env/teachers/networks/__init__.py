@@ -1,0 +1,1 @@
+"""Architectures that no library has, and the layouts of published checkpoints."""

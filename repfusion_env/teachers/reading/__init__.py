@@ -1,0 +1,1 @@
+"""How a frozen network is read: built, traced, noised, and its outputs made maps."""

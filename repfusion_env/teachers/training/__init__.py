@@ -1,0 +1,1 @@
+"""The pieces of ``repfusion_env.teachers.train``."""

@@ -1,0 +1,144 @@
+"""The update of everything that is trained, and what happens where a step is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.student import Student, learning_rate_factor, make_optimizer
+from repfusion_env.student_buffers import restore_buffers, snapshot_buffers
+
+
+class NonFiniteError(RuntimeError):
+    """The loss was not finite for too many steps in a row."""
+
+
+class Updates:
+    """Optimizer, averaged student, and the count of steps that were skipped.
+
+    Args:
+        config: The experiment.
+        student: Is trained; its average follows it where ``student.ema`` is above 0.
+        loss: The distillation loss, with what it learns.
+        fusion: The fusion, with the weights that it learns.
+        device: Where all of them are.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        student: Student,
+        loss: nn.Module,
+        fusion: nn.Module,
+        device: torch.device,
+    ) -> None:
+        self._config, self._student, self._device = config, student, device
+        self._parameters = [
+            *student.parameters(),
+            *loss.parameters(),
+            *fusion.parameters(),
+        ]
+        self._forwarded = (student, loss)
+        self.average: Student | None = None
+        if config.student.ema:
+            self.average = deepcopy(student).requires_grad_(False).eval()
+        self.optimizer = make_optimizer(
+            student, config.optimizer, loss.parameters(), fusion.parameters()
+        )
+        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def buffers(self) -> list[Tensor]:
+        """A copy of the running statistics that a forward moves; taken before it."""
+        return snapshot_buffers(*self._forwarded)
+
+    def apply(self, total: Tensor, buffers: list[Tensor], progress: float) -> Tensor:
+        """Backward, clip and optimizer step; skipped on the device where anything is not finite.
+
+        Args:
+            total: The loss, ().
+            buffers: From :meth:`buffers`, before the forward.
+            progress: Part of the run that is done, in [0, 1].
+
+        Returns:
+            () bool, whether the step was skipped.
+        """
+        settings = self._config.optimizer
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        moved = [p for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(_gradients(moved))
+        bad = ~(torch.isfinite(total.detach()) & torch.isfinite(norm))
+        if settings.gradient_clip:
+            torch.nn.utils.clip_grads_with_norm_(moved, settings.gradient_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate_factor(settings.schedule, progress)
+        # Fused optimizers leave parameters and moments alone where found_inf is 1, without the host
+        # having to look; gradient scalers use the same attributes.
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.bad_steps = self.bad_steps + bad
+        # The forward has already moved the running statistics of batch norms.
+        restore_buffers(buffers, bad, *self._forwarded)
+        if self.average is not None:
+            self._update_average(self.average, bad)
+        return bad
+
+    @torch.no_grad()
+    def _update_average(self, average: Student, bad: Tensor) -> None:
+        weight = (1.0 - self._config.student.ema) * ~bad
+        parameters: list[Tensor] = list(average.parameters())
+        moves = list(torch._foreach_sub(list(self._student.parameters()), parameters))
+        torch._foreach_mul_(moves, weight)
+        torch._foreach_add_(parameters, moves)
+        for mine, new in zip(average.buffers(), self._student.buffers(), strict=True):
+            mine.copy_(new)
+
+    def watch(self, steps: int) -> None:
+        """Stop a run whose loss is not finite any more.
+
+        Args:
+            steps: Steps done.
+
+        Raises:
+            NonFiniteError: ``optimizer.nonfinite_patience`` steps in a row were skipped.
+        """
+        patience = self._config.optimizer.nonfinite_patience
+        # Looking is free on a CPU; on CUDA it would stall every step, so it happens now and then.
+        if self._device.type != "cpu" and steps % patience:
+            return
+        if int(self.bad_in_a_row) >= patience:
+            raise NonFiniteError(
+                f"the loss has not been finite for {int(self.bad_in_a_row)} steps in a row (step "
+                f"{steps}); likely causes: optimizer.learning_rate "
+                f"{self._config.optimizer.learning_rate} is too large, no optimizer.gradient_clip, "
+                f"teacher.precision {self._config.teacher.precision} overflows, or teacher weights "
+                "that hold NaN"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, moments and counts."""
+        return {
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bad": [self.bad_in_a_row, self.bad_steps],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        # The optimizer would keep the given moments themselves, shared with whoever gave them.
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        self.bad_in_a_row, self.bad_steps = (value.to(self._device) for value in state["bad"])
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
