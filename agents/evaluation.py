@@ -20,6 +20,7 @@ from repfusion_env.data.bank import ImageBank
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.features import chunks
 from repfusion_env.noise import derive_seed
+from repfusion_env.progress import watched
 from repfusion_env.trainer import DistillationTrainer
 
 Chooser = Callable[[Tensor], Tensor]
@@ -107,7 +108,11 @@ def reward_table(trainer: DistillationTrainer, bank: ImageBank, images: int) -> 
     actions = build_actions(trainer.config, parts.grid, tuple(parts.teacher.layers))
     ids = torch.arange(images, device=trainer.device)
     columns = []
-    for arm in arm_actions(actions, trainer.device):
+    arms = arm_actions(actions, trainer.device)
+    passes = watched(
+        [ids] * len(arms), images * len(arms), description="evaluate", unit="decisions"
+    )
+    for arm, _ in zip(arms, passes, strict=True):
         choice = actions.choice(arm.expand(images, *arm.shape))
         columns.append(judge_choice(trainer, bank, ids, choice))
     return np.stack(columns, axis=1)

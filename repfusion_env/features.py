@@ -14,6 +14,7 @@ from torch.nn import functional
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.noise import derive_seed, keyed_noise
+from repfusion_env.progress import watched
 from repfusion_env.teachers.base import Teacher
 from repfusion_env.timesteps import TimestepGrid
 
@@ -130,10 +131,14 @@ class TeacherFeatures:
         generator = torch.Generator().manual_seed(derive_seed(0, "standardize"))
         ids = torch.randperm(len(bank), generator=generator)[:count].to(points.device)
         if self.per_timestep:
-            pairs = [(ids, torch.full_like(ids, int(timestep))) for timestep in points]
+            passes = [torch.full_like(ids, int(timestep)) for timestep in points]
         else:
-            pairs = [(ids, points.repeat(len(ids) // len(points) + 1)[: len(ids)])]
-        rows = [self._moments(bank, ids, timesteps) for ids, timesteps in pairs]
+            passes = [points.repeat(len(ids) // len(points) + 1)[: len(ids)]]
+        total = len(passes) * len(ids)
+        rows = [
+            self._moments(bank, ids, timesteps)
+            for timesteps in watched(passes, total, description="standardize", unit="features")
+        ]
         statistics = []
         for layer in range(len(rows[0])):
             count_, total, squares = torch.stack([row[layer] for row in rows], dim=1)  # (K, F) each

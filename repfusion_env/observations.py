@@ -18,9 +18,10 @@ from torch import Tensor
 
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.features import chunks
+from repfusion_env.features import CHUNK, chunks
 from repfusion_env.frozen import FrozenParts
 from repfusion_env.noise import derive_seed, own_randomness
+from repfusion_env.progress import watched
 from repfusion_env.registry import OBSERVATIONS, look_up
 from repfusion_env.trainer import DistillationTrainer
 from students import build_backbone
@@ -102,9 +103,14 @@ class _Table:
     """Embeddings of whole banks, standardised with the training bank's mean and deviation."""
 
     def __init__(
-        self, embed: Callable[[ImageBank, Tensor], Tensor], parts: FrozenParts, bound: float
+        self,
+        embed: Callable[[ImageBank, Tensor], Tensor],
+        parts: FrozenParts,
+        bound: float,
+        size: int | None = None,
     ) -> None:
         self._embed, self._parts, self.bound = embed, parts, bound
+        self._size = size or CHUNK
         raw = self._raw(parts.train)
         self._mean = raw.mean(0)
         self._deviation = raw.std(0).clamp_min(1e-6) if len(raw) > 1 else torch.ones_like(raw[0])
@@ -119,7 +125,10 @@ class _Table:
     @torch.no_grad()
     def _raw(self, bank: ImageBank) -> Tensor:
         ids = torch.arange(len(bank), device=self._parts.device)
-        return torch.cat([self._embed(bank, part) for part in chunks(ids)])
+        pieces = watched(
+            chunks(ids, self._size), len(ids), description="observations", unit="images"
+        )
+        return torch.cat([self._embed(bank, part) for part in pieces])
 
     def _standardized(self, raw: Tensor) -> Tensor:
         return ((raw - self._mean) / self._deviation).clamp(-self.bound, self.bound)
@@ -166,7 +175,7 @@ def teacher_embedding(config: ExperimentConfig, parts: FrozenParts) -> Source:
         pooled = [maps[layer].mean((2, 3)) for layer in parts.teacher.layers]
         return torch.cat(pooled, dim=1) * 1.0  # a tensor outside inference mode
 
-    return _Table(embed, parts, config.observation.clip)
+    return _Table(embed, parts, config.observation.clip, config.teacher.batch_size)
 
 
 def backbone_embedding(config: ExperimentConfig, parts: FrozenParts) -> Source:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import ExitStack
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 PLAIN_LINE_SECONDS = 10.0
+# Work that is done sooner needs no bar.
+PATIENCE_SECONDS = 2.0
+
+T = TypeVar("T", bound=Sized)
 
 
 class Progress:
@@ -28,6 +33,8 @@ class Progress:
         initial: Units that an earlier process did already; they do not count for the rate.
     """
 
+    _shown = False  # whether one is on the screen
+
     def __init__(
         self, total: int, unit: str = "decisions", *, description: str, initial: int = 0
     ) -> None:
@@ -39,15 +46,23 @@ class Progress:
         self._bar: RichProgress | None = None
         self._start = self._last_line = time.monotonic()
         self._printed: int | None = None
+        self._silent = False
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
+        self._silent = Progress._shown
+        if self._silent:
+            return self
+        Progress._shown = True
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = _live_bar(self)
             self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._silent:
+            return
+        Progress._shown = False
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._completed)
             self._bar.stop()
@@ -59,6 +74,8 @@ class Progress:
         """Say how many units are done in all, and the figures to show beside them."""
         self._completed = completed
         self._figures.update(figures)
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=completed)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
@@ -74,7 +91,7 @@ class Progress:
         elapsed = time.monotonic() - self._start
         parts = [
             f"{self.description}: {self._completed:,}/{self.total:,} {self.unit}",
-            f"{self.rate:,.0f}/s",
+            f"{_speed(self.rate)}/s",
             f"{_clock(elapsed)} elapsed",
         ]
         if 0 < self._completed < self.total and self.rate > 0:
@@ -89,6 +106,32 @@ class Progress:
         print(self.line(), file=sys.stderr, flush=True)
         self._last_line = time.monotonic()
         self._printed = self._completed
+
+
+def watched(pieces: Iterable[T], total: int, *, description: str, unit: str) -> Iterator[T]:
+    """Pass ``pieces`` on; where the loop over them takes long, show how far it is.
+
+    Args:
+        pieces: What the loop is over.
+        total: Of their lengths.
+        description: What the loop does, a word or two.
+        unit: What is counted, plural.
+    """
+    started, done = time.monotonic(), 0
+    progress: Progress | None = None
+    with ExitStack() as stack:
+        for piece in pieces:
+            yield piece
+            done += len(piece)
+            if progress is not None:
+                progress.update(done)
+            elif time.monotonic() - started >= PATIENCE_SECONDS and done < total:
+                progress = Progress(total, unit, description=description, initial=done)
+                stack.enter_context(progress)
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _short(value: float) -> str:
@@ -122,7 +165,7 @@ def _live_bar(progress: Progress) -> RichProgress:
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = progress.rate if task.finished else task.speed or progress.rate
-            return Text(f"{speed:,.0f}/s", style="cyan")
+            return Text(f"{_speed(speed)}/s", style="cyan")
 
     class BarWithFigures(Bars):
         def get_renderables(self) -> Iterable[RenderableType]:

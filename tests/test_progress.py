@@ -87,3 +87,28 @@ def test_a_terminal_gets_a_bar_that_fits(tmp_path: Path) -> None:
     *_, bar, figures = lines
     assert re.search(r"reinforce ━+ 51,200/51,200 decisions [\d,]+/s 0:00:0\d", bar), bar
     assert figures.strip() == "reward -0.512 · timestep 123.4 · entropy 2.100"
+
+
+SLOW = """
+import time
+from repfusion_env import progress
+progress.PLAIN_LINE_SECONDS, progress.PATIENCE_SECONDS = 0.0, {patience}
+with {outer}:
+    for piece in progress.watched(["abc"] * 4, 12, description="evaluate", unit="images"):
+        time.sleep(0.05)
+"""
+
+
+def test_slow_work_is_watched_and_quick_work_is_not() -> None:
+    lines = run_plain(0, SLOW.format(patience=0.06, outer="progress.ExitStack()"))
+    # Two pieces of three go by before it is slow.
+    assert [line.split(" images, ")[0] for line in lines] == ["evaluate: 9/12", "evaluate: 12/12"]
+    assert re.search(r"evaluate: 9/12 images, \d\d/s, 0:00:00 elapsed, 0:00:00 left", lines[0])
+    assert run_plain(0, SLOW.format(patience=10, outer="progress.ExitStack()")) == []
+
+
+def test_a_bar_inside_another_is_silent() -> None:
+    outer = 'progress.Progress(1, "runs", description="outer")'
+    assert run_plain(0, SLOW.format(patience=0.06, outer=outer)) == [
+        "outer: 0/1 runs, 0.0/s, 0:00:00 elapsed"
+    ]
