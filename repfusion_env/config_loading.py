@@ -325,4 +325,6 @@ def accepts_text(kind: Any) -> bool:
         return typing.get_args(kind)[0] is str
     if origin in (typing.Union, types.UnionType):
         return any(accepts_text(part) for part in typing.get_args(kind))
-    return kind is str or origin is typing.Literal
+    if origin is typing.Literal:
+        return all(isinstance(value, str) for value in typing.get_args(kind))
+    return kind is str

@@ -283,4 +283,5 @@ def test_options_that_take_text_are_told_from_those_that_do_not():
         "timesteps.values",
         "optimizer.learning_rate",
         "student.pretrained",
+        "data.channels",
     }
