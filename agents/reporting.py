@@ -91,11 +91,13 @@ def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) 
     metrics = run.metrics()
     log_evaluation(run, int(metrics["step"][-1]), decisions, found)
     arms = _arms(found)
-    entropy = metrics["timestep/entropy"] + metrics.get("layer/entropy", 0.0)
+    # Of SB3's policies it is not known; of what they chose it is.
+    chosen = metrics["timestep/entropy"] + metrics.get("layer/entropy", 0.0)
     figure = summary_figure(
         decisions=metrics["decisions"],
         reward=metrics["reward/mean"],
-        entropy=metrics.get("policy/entropy", entropy),
+        entropy=metrics.get("policy/entropy", chosen),
+        entropy_of="policy" if "policy/entropy" in metrics else "choice",
         counts_over_time=metrics["timestep/counts"],
         grid=env.grid.timesteps,
         reward_by_arm=arms["reward"],

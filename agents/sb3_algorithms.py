@@ -86,6 +86,11 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
+def fitting(kind: Kind) -> list[str]:
+    """The algorithms that act on spaces of ``kind``."""
+    return [name for name, algorithm in ALGORITHMS.items() if kind in algorithm.actions]
+
+
 def conflicts(config: ExperimentConfig) -> list[str]:
     """What the configured algorithm cannot do, one sentence each."""
     name = config.sb3.algo
@@ -98,10 +103,10 @@ def conflicts(config: ExperimentConfig) -> list[str]:
     found = []
     kind = action_kind(config.env.action)
     if kind not in algorithm.actions:
-        fitting = [key for key, item in ALGORITHMS.items() if kind in item.actions]
         found.append(
             f"sb3.algo: {name} acts on {' and '.join(algorithm.actions)} spaces alone, but "
-            f"env.action '{config.env.action}' is {kind}; choose one of {', '.join(fitting)}, or "
+            f"env.action '{config.env.action}' is {kind}; choose one of "
+            f"{', '.join(fitting(kind))}, or "
             f"env.action {' or '.join(names_of_kinds(algorithm.actions))}"
         )
     if config.timesteps.min_snr > 0 and name != "maskable_ppo":

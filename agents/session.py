@@ -109,7 +109,8 @@ class Session:
             histograms["layer/histogram"] = np.repeat(np.arange(len(layers)), layers)
         self.run.log(step, self.decisions(step), metrics, histograms)
         shown = {"reward": metrics["reward/mean"], "timestep": metrics["timestep/mean"]}
-        shown["entropy"] = metrics.get("policy/entropy", metrics["timestep/entropy"])
+        chosen = metrics["timestep/entropy"] + metrics.get("layer/entropy", 0.0)
+        shown["entropy"] = metrics.get("policy/entropy", chosen)
         progress.update(self.decisions(step), **shown)
 
     def evaluate(self, step: int, choose: Chooser) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from agents.command_line import guarded, parse
+from agents.sb3_algorithms import fitting
 from repfusion_env.actions import action_kind, names_of_kinds
 from repfusion_env.config_loading import ConfigError
 
@@ -39,13 +40,13 @@ DESCRIPTION = (
 def conflicts(config: ExperimentConfig) -> list[str]:
     """What REINFORCE cannot do, one sentence each."""
     found = []
-    fitting = ("Discrete", "MultiDiscrete")
+    drawn = ("Discrete", "MultiDiscrete")
     kind = action_kind(config.env.action)
-    if kind not in fitting:
+    if kind not in drawn:
         found.append(
             f"env.action: REINFORCE draws from categories, but '{config.env.action}' is a {kind} "
-            f"space; it needs one of {', '.join(names_of_kinds(fitting))}; for this one use "
-            "train_sb3 --algo sac, td3 or tqc"
+            f"space; it needs one of {', '.join(names_of_kinds(drawn))}; for this one use "
+            f"train_sb3 --algo {' or '.join(fitting(kind))}"
         )
     if config.reinforce.baseline == "batch" and config.env.num_envs == 1:
         found.append(

@@ -45,6 +45,11 @@ def build_model(session: Session, env: RepFusionVecEnv) -> BaseAlgorithm:
     config = session.config
     algorithm = check_arguments(config)
     arguments: dict[str, Any] = {**algorithm.arguments, **config.sb3.arguments}
+    sizes = {"n_steps", "batch_size"}
+    if sizes <= algorithm.arguments.keys() and not sizes & config.sb3.arguments.keys():
+        # Our mini-batch is one for 64 lanes; a rollout of a few holds less.
+        rollout = arguments["n_steps"] * env.num_envs
+        arguments["batch_size"] = min(arguments["batch_size"], rollout)
     policy = algorithm.policy if config.sb3.policy == "auto" else config.sb3.policy
     if len(env.observation_space.shape or ()) == 3 and "policy_kwargs" not in arguments:
         from agents.sb3_pixels import PixelFeatures

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.command_line import guarded, parse
+from agents.train_reinforce import conflicts
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import check, merge, to_dict, to_yaml
@@ -98,6 +99,7 @@ def run_seed(config: dict[str, Any], seed: int, folder: str, threads: int) -> di
         "seconds": time.monotonic() - started,
         "fixed": best,
         "chosen": summary["timestep"],
+        "layers": summary.get("layer"),
         "training_seconds": summary["seconds"],
         "reward": reward | {"best fixed": fixed[best]},
         "accuracy": {
@@ -127,17 +129,18 @@ def _distil(env: RepFusionVectorEnv, choose: Chooser, seed: int) -> dict[str, fl
     env.reset(seed=seed)
     for _ in range(env.config.total_steps):
         env.step(choose(env.num_envs))
-    return _probe(env)
+    return probe(env)
 
 
 def _probe_saved(env: RepFusionVectorEnv, weights: Path) -> dict[str, float]:
     from safetensors.torch import load_file
 
     env.trainer.evaluation_student.load_state_dict(load_file(weights))
-    return _probe(env)
+    return probe(env)
 
 
-def _probe(env: RepFusionVectorEnv) -> dict[str, float]:
+def probe(env: RepFusionVectorEnv) -> dict[str, float]:
+    """Linear-probe accuracy of the student as it stands, by number of labels."""
     from agents.evaluation import linear_probe_accuracy
 
     most = min(env.config.evaluation.probe_images, len(env.trainer.parts.train))
@@ -202,20 +205,29 @@ def compare(values: Sequence[dict[str, float]]) -> dict[str, Any]:
         values: By policy, one entry per seed.
 
     Returns:
-        ``mean`` by policy, and ``gain`` by the other policy: ``mean`` and the 95 % confidence
-        interval ``low``, ``high`` of Student's t distribution over the seeds' differences.
+        ``mean`` by policy, and ``gain`` by the other policy, as :func:`gain_over` gives it.
+    """
+    learned = [value["learned"] for value in values]
+    gains = {
+        other: gain_over(learned, [value[other] for value in values]) for other in POLICIES[1:]
+    }
+    means = {policy: float(np.mean([value[policy] for value in values])) for policy in POLICIES}
+    return {"mean": means, "gain": gains}
+
+
+def gain_over(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Paired differences, one per seed.
+
+    Returns:
+        ``mean``, and the 95 % confidence interval ``low``, ``high`` of Student's t distribution.
     """
     from scipy import stats
 
-    gains = {}
-    for other in POLICIES[1:]:
-        differences = np.array([value["learned"] - value[other] for value in values])
-        mean = float(differences.mean())
-        error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
-        half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-        gains[other] = {"mean": mean, "low": mean - half, "high": mean + half}
-    means = {policy: float(np.mean([value[policy] for value in values])) for policy in POLICIES}
-    return {"mean": means, "gain": gains}
+    differences = np.array(values) - np.array(others)
+    mean = float(differences.mean())
+    error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -224,10 +236,12 @@ def table(result: dict[str, Any]) -> str:
     steps = ", ".join(
         f"{run['chosen']['mean']:.0f} ± {run['chosen']['deviation']:.0f}" for run in runs
     )
+    shares = [" / ".join(f"{x:.0%}" for x in (run["layers"] or {}).values()) for run in runs]
     rows = [
         f"- {len(runs)} seeds, {result['config']['run']['decisions']:,} decisions each; "
         f"{result['seconds']:.0f} s in all",
         f"- timesteps that the learned policies choose: {steps}",
+        *([f"- their shares of the layers: {', '.join(shares)}"] if any(shares) else []),
         f"- best fixed action: {', '.join(run['fixed'] for run in runs)}",
         "",
         f"| mean over seeds | {' | '.join(POLICIES)} | learned - random [95 %] | "
@@ -267,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
 
     def run() -> int:
-        command = parse(["--config", chosen.config, *others], prog=PROG, description="")
+        arguments = ["--config", chosen.config, *others]
+        command = parse(arguments, prog=PROG, description="", conflicts=conflicts)
         assert command.config is not None
         result = measure(command.config, range(chosen.seeds), jobs=chosen.jobs, say=say)
         print(table(result))

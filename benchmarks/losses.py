@@ -1,7 +1,7 @@
 """Which distillation loss makes the better student? Over several seeds, at one timestep for all.
 
-    python -m benchmarks.losses --seeds 5 --jobs 2              # digits, t = 80; half an hour
-    python -m benchmarks.losses --losses hint crd --timestep random
+    OMP_NUM_THREADS=1 python -m benchmarks.losses --seeds 5 --jobs 2     # digits, t = 80
+    OMP_NUM_THREADS=1 python -m benchmarks.losses --losses hint crd --timestep random
 
 For each loss and seed a student is distilled on digits; a linear probe on its frozen feature says
 what it is worth. All students of a seed begin with the same backbone and see the same images with
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -34,25 +33,24 @@ Accuracies = dict[str, list[dict[int, float]]]  # by loss, one per seed: accurac
 
 
 def student_accuracy(
-    name: str, seed: int, steps: int, timestep: int | None, threads: int = 1
+    name: str, seed: int, steps: int, timestep: int | None, config: str = "digits"
 ) -> dict[int, float]:
     """Distil one student; held-out accuracy of the linear probe by number of labels.
 
     Args:
         name: Key of :data:`benchmarks.lookahead.LOSSES`, or :data:`UNTRAINED`.
         seed: Of student, data order, noise and random timesteps.
-        steps: Of 64 lanes.
+        steps: Of all lanes.
         timestep: Of all decisions, one of the grid; None: random ones of the grid.
-        threads: Of the arithmetic.
+        config: Name of the configuration.
     """
     import torch
 
     from agents.evaluation import linear_probe_accuracy
     from repfusion_env.envs import RepFusionVectorEnv
 
-    torch.set_num_threads(threads)
     env = RepFusionVectorEnv(
-        config="digits",
+        config=config,
         seed=seed,
         distillation=LOSSES[REFERENCE if name == UNTRAINED else name],
         observation={"source": "pixels"},  # nobody looks
@@ -103,11 +101,10 @@ def measure(
     names: Sequence[str], seeds: int, steps: int, timestep: int | None, jobs: int
 ) -> Accuracies:
     """Every loss with every seed, ``jobs`` students at a time."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     found: dict[tuple[str, int], dict[int, float]] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         pending = {
-            pool.submit(student_accuracy, name, seed, steps, timestep, threads): (name, seed)
+            pool.submit(student_accuracy, name, seed, steps, timestep): (name, seed)
             for seed in range(seeds)
             for name in names
         }

@@ -24,7 +24,9 @@ import torch
 from repfusion_env.atomic import atomic_file, remove_leftovers
 
 FORMAT = b"repfusion-checkpoint "
-MAGIC = FORMAT + b"1\n"
+# It rises whenever what runs store changes, so that no state of another version is half restored.
+VERSION = 2
+MAGIC = FORMAT + b"%d\n" % VERSION
 HEADER_BYTES = 1024
 FILE_NAME = re.compile(r"step-(\d{9,})\.ckpt")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -109,11 +111,13 @@ def load_latest(folder: str | Path, *, kind: str) -> tuple[int, dict[str, Any]] 
         CheckpointError: There are checkpoints, but none can be used.
     """
     unusable: list[str] = []
+    earlier = 0
     for step, path in reversed(_checkpoints(Path(folder))):
         try:
             state = _read(path, step, kind)
         except _UnusableError as problem:
             unusable.append(f"'{path}' {problem}")
+            earlier += isinstance(problem, _EarlierError)
             continue
         if unusable:
             warnings.warn(
@@ -122,6 +126,11 @@ def load_latest(folder: str | Path, *, kind: str) -> tuple[int, dict[str, Any]] 
                 stacklevel=2,
             )
         return step, state
+    if unusable and earlier == len(unusable):
+        raise CheckpointError(
+            f"the checkpoints in '{folder}' are of an earlier version of this package, whose runs "
+            "cannot be continued with this one: go on with that version, or start a new run"
+        )
     if unusable:
         raise CheckpointError(f"no checkpoint in '{folder}' can be used: {'; '.join(unusable)}")
     return None
@@ -129,6 +138,10 @@ def load_latest(folder: str | Path, *, kind: str) -> tuple[int, dict[str, Any]] 
 
 class _UnusableError(Exception):
     """Why one file is passed over: the end of a sentence that begins with its name."""
+
+
+class _EarlierError(_UnusableError):
+    """An earlier version of this package wrote the file."""
 
 
 class _Payload:
@@ -214,7 +227,10 @@ def _check(file: BinaryIO, step: int, kind: str) -> dict[str, Any]:
     if magic != MAGIC:
         if magic.startswith(FORMAT):
             version = magic[len(FORMAT) :].decode("ascii", "replace").strip()
-            raise _UnusableError(f"has format version {version}; this package reads version 1")
+            earlier = version.isdigit() and int(version) < VERSION
+            raise (_EarlierError if earlier else _UnusableError)(
+                f"has format version {version}; this package reads version {VERSION}"
+            )
         raise _UnusableError("is no checkpoint of this package")
     try:
         header = json.loads(file.read(HEADER_BYTES))

@@ -155,4 +155,5 @@ class Decisions:
 
 def _entropy(share: np.ndarray) -> float:
     positive = share[share > 0]
-    return float(-(positive * np.log(positive)).sum())
+    # Plus 0, or a single choice would have an entropy of -0.
+    return float(-(positive * np.log(positive)).sum()) + 0.0

@@ -24,7 +24,7 @@ SHADES = LinearSegmentedColormap.from_list(
     "shades", ["#ffffff", "#d6e6f5", "#7fb2dd", "#2f6db5", "#0f2f5f"]
 )
 # Left edge and width of each panel, as parts of the figure's width; their bottom and height.
-PANELS = ((0.045, 0.25), (0.372, 0.235), (0.715, 0.27))
+PANELS = ((0.053, 0.242), (0.372, 0.235), (0.715, 0.27))
 BOTTOM, TALL = 0.14, 0.66
 # Of one line for each layer; more layers than colors take shades.
 LINES = (style.BLUE, style.GREEN, "#8e5bb5", "#b0892e", "#2e9aa0", style.RED)
@@ -46,6 +46,7 @@ def summary_figure(
     layers: Sequence[str] = (),
     layer_counts_over_time: np.ndarray | None = None,
     entropy: np.ndarray | None = None,
+    entropy_of: str = "policy",
     reward_band: np.ndarray | None = None,
 ) -> Figure:
     """A run in three panels: the training reward, what was chosen when, and what that is worth.
@@ -65,7 +66,8 @@ def summary_figure(
         noun: What they are.
         layers: The teacher's layers, where actions choose one.
         layer_counts_over_time: Choices of each layer since the logging point before, (T, layers).
-        entropy: The policy's entropy in nats at each logging point, (T,).
+        entropy: Entropy in nats at each logging point, (T,).
+        entropy_of: Whose it is, "policy", or "choice" where a policy does not tell its own.
         reward_band: Half the height of a band around the smoothed reward, (T,).
 
     Logging points without a reward or without counts (NaN) are left out.
@@ -97,11 +99,13 @@ def summary_figure(
         layer_counts_over_time = np.asarray(layer_counts_over_time)[known]
 
     figure = Figure(figsize=(14.4, 4.4), dpi=150, facecolor=style.PAPER)
-    heading = figure.text(0.045, 0.93, title, fontsize=13, color=style.INK, fontweight="bold")
+    heading = figure.text(
+        PANELS[0][0], 0.93, title, fontsize=13, color=style.INK, fontweight="bold"
+    )
     heading.set_parse_math(False)
     (x_left, left), (x_middle, middle), (x_right, right) = PANELS
     training = figure.add_axes((x_left, BOTTOM, left, TALL))
-    _draw_training(training, decisions, reward, reward_band, entropy)
+    _draw_training(training, decisions, reward, reward_band, entropy, entropy_of)
     if layer_counts_over_time is None:
         axes = figure.add_axes((x_middle, BOTTOM, middle, TALL))
         _draw_choices(axes, decisions, counts_over_time, grid, "timestep")
@@ -175,6 +179,7 @@ def _draw_training(
     reward: np.ndarray,
     band: np.ndarray | None,
     entropy: np.ndarray | None,
+    entropy_of: str,
 ) -> None:
     style.style_axes(axes)
     style.label_axes(axes, "Reward in training", "decisions", "mean reward per decision")
@@ -194,7 +199,7 @@ def _draw_training(
         twin.plot(decisions, entropy, color=style.ORANGE, linewidth=1.4, linestyle=(0, (4, 2)))
         twin.set_ylim(0, 1.08 * max(float(np.nanmax(entropy)), 0.1))
         twin.tick_params(labelcolor=style.ORANGE)
-        style.right_title(twin, "policy entropy (nats)", style.ORANGE)
+        style.right_title(twin, f"{entropy_of} entropy (nats)", style.ORANGE)
 
 
 def _draw_choices(

@@ -1,6 +1,6 @@
 """What one lane's last decision looked like, gathered for drawing.
 
-Shape letters: N lanes, k timesteps of one target.
+Shape letters: N lanes, k timesteps of one target, C,H,W image, c,h,w what the teacher sees.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from repfusion_env.actions.base import Choice
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.episodes import Decisions
 from repfusion_env.trainer import DistillationTrainer, StepResult
+
+# Root mean square of latents drawn as colors: bright, and few beyond [-1, 1].
+LATENT_STRENGTH = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,22 @@ def draw_lane(
     timesteps = choice.timesteps[lane]  # (k,)
     looks = ids.expand(len(timesteps))
     visits = last.visits[at].expand(len(timesteps))
+    clean = parts.features.clean(bank, ids)
     inputs = parts.features.inputs(bank, looks, timesteps, visits, noise_seed)
     maps = parts.teacher.features(inputs, timesteps)
     layer = None if choice.layers is None else int(choice.layers[lane])
     with torch.no_grad():
         _, pooled = trainer.embed(bank.pixels(ids))
         prediction = int(trainer.student.head(pooled).argmax(1))
+    image = bank.pixels(ids)[0].cpu().numpy()
+    latents = " latents" if clean.shape[1] not in (1, 3) else ""
     history = torch.stack(decisions.history).cpu().numpy() if decisions.history else np.zeros(0)
     return draw_frame(
         replace(
             frame,
-            image=bank.pixels(ids)[0].cpu().numpy(),
-            noised=inputs.cpu().numpy(),
+            image=image,
+            noised=as_pictures(inputs.cpu().numpy(), clean[0].cpu().numpy(), image),
+            seen=("noised" if parts.features.noised else "clean") + latents,
             feature=maps[layers[-1 if layer is None else layer]].cpu().numpy(),
             chosen=tuple(choice.indices[lane].tolist()),
             layer=layer,
@@ -92,3 +99,37 @@ def draw_lane(
             decisions=int(decisions.total.sum()) // len(timesteps),
         )
     )
+
+
+def as_pictures(inputs: np.ndarray, clean: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """What a teacher sees, as pictures for the eye.
+
+    Latents are no colors: they are shown along the three directions in which the clean ones vary
+    most, so that the picture tells what noise leaves of the image. Noise processes count in units
+    of their own (sigma may be 80): nothing is drawn stronger than the image itself.
+
+    Args:
+        inputs: What the network sees at each timestep, (k, c, h, w).
+        clean: The same without noise, (c, h, w).
+        image: In [-1, 1], (C, H, W).
+
+    Returns:
+        float64 (k, 1, h, w) or (k, 3, h, w), mostly in [-1, 1].
+    """
+    inputs, clean = (np.nan_to_num(np.asarray(part, np.float64)) for part in (inputs, clean))
+    strength = _strength(image)
+    if len(clean) not in (1, 3):
+        clean, inputs = (x - x.mean((-2, -1), keepdims=True) for x in (clean, inputs))
+        positions = clean.reshape(len(clean), -1)  # (c, hw)
+        directions = np.linalg.svd(positions, full_matrices=False)[0][:, :3]
+        colors = np.pad(directions, ((0, 0), (0, 3 - directions.shape[1])))  # (c, 3)
+        # An eigenvector has no sign of its own: its largest entry is made positive.
+        colors *= np.where(colors.max(0) < -colors.min(0), -1.0, 1.0)
+        clean, inputs = (np.einsum("...chw,cd->...dhw", x, colors) for x in (clean, inputs))
+        strength = LATENT_STRENGTH
+    limit = _strength(clean)
+    return np.stack([one * strength / (max(limit, _strength(one)) or 1.0) for one in inputs])
+
+
+def _strength(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))

@@ -122,6 +122,10 @@ def complaint(kind: str, name: str, table: Mapping[str, str]) -> str | None:
     )
 
 
+class WrongPartError(TypeError, ValueError):
+    """A part of the user's own that is not what it must be: a type, but said as other input is."""
+
+
 @contextmanager
 def _without_collector() -> Iterator[None]:
     """Import without garbage collection: what diffusers makes all stays, and looking through it

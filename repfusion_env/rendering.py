@@ -46,8 +46,9 @@ class Frame:
         grid: The K timesteps of the grid.
         layers: The teacher's layers, where the action chooses one.
         image: (C, H, W), in [-1, 1].
-        noised: The image as the teacher sees it at the k chosen timesteps, (k, C, H, W), about
-            [-1, 1].
+        noised: What the teacher sees at the k chosen timesteps, as pictures (k, 1 or 3, h, w) of
+            about [-1, 1].
+        seen: What that is, in a word or two.
         feature: The teacher's feature maps there, (k, F, h, w).
         counts: Choices so far per grid entry, (K,) whole numbers.
         layer_counts: Choices so far per layer.
@@ -65,6 +66,7 @@ class Frame:
     layers: tuple[str, ...] = ()
     image: np.ndarray | None = None
     noised: np.ndarray | None = None
+    seen: str = "noised"
     feature: np.ndarray | None = None
     counts: np.ndarray | None = None
     layer_counts: np.ndarray | None = None
@@ -106,7 +108,11 @@ class Renderer:
 
         left = TILE_LEFTS[0]
         text(left, 42, "RepFusion-v0", 14, style.INK).set_fontweight("bold")
-        text(left + 158, 42, "which diffusion timestep teaches best?", 10, style.MUTED)
+        question = "which diffusion timestep teaches best?"
+        if self.layers:
+            alone = len(self.grid) == 1
+            question = f"which {'layer teaches' if alone else 'timestep and layer teach'} best?"
+        text(left + 158, 42, question, 10, style.MUTED)
         titles = ("image", "noised", "teacher feature (PCA)")
         self._titles = [
             text(x, TILE_TOP - 10, title, 10, style.INK)
@@ -195,14 +201,15 @@ class Renderer:
             # A set of timesteps needs more room than a number.
             wide = name == "timestep" and len(frame.timesteps) > 1
             shown = "–" if value is None else str(value)
-            self._values[name].set_text(shortened(shown, 22) if wide else _shortened(shown))
-            self._values[name].set_fontsize(20 if len(shown) <= 10 or not wide else 12)
+            self._values[name].set_text(shortened(shown, 18) if wide else _shortened(shown))
+            size = 20 if len(shown) <= 10 or not wide else 12 if len(shown) <= 14 else 10
+            self._values[name].set_fontsize(size)
         known = frame.label is not None and frame.prediction is not None
         right = str(frame.label) == str(frame.prediction)
         color = (style.GREEN if right else style.RED) if known else style.INK
         self._values["student says"].set_color(color)
         at = f" at t = {values['timestep']}" if frame.timesteps else ""
-        self._titles[1].set_text(f"noised{shortened(at, 32)}")
+        self._titles[1].set_text(shortened(f"{frame.seen}{at}", 34))
         of = "teacher" if frame.layer is None else short_names(self.layers, 17)[frame.layer]
         self._titles[2].set_text(f"{of} feature (PCA)")
 

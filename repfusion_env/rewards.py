@@ -165,13 +165,12 @@ def _loss_gradient(measured: Measurement) -> tuple[Tensor, Tensor]:
     fixed = measured.student.detach()
     counts = [z[0].numel() for z in measured.teacher]
     lanes = torch.arange(len(fixed), device=fixed.device)
-    # Related samples stay where they are: this lane's move is its own timestep's doing.
-    still = [p.detach() for p in measured.project(fixed)] if measured.teacher[0].ndim == 2 else None
     with torch.enable_grad():
         h = fixed.clone().requires_grad_()
         losses = []
         for index, (p, z) in enumerate(zip(measured.project(h), measured.teacher, strict=True)):
-            anchors = None if still is None else (still[index], z)
+            # Related samples stay where they are: this lane's move is its own timestep's doing.
+            anchors = (p.detach(), z) if z.ndim == 2 else None
             losses.append(measured.loss.layer(index, p, z, anchors=anchors, ids=measured.ids))
         if measured.chosen is not None:
             total = torch.stack(losses)[measured.chosen, lanes]

@@ -239,6 +239,8 @@ class DistillationTrainer:
         if self.heldout_rule.probe:
             probe_loss = self.task.losses(student.probe(probe_input(new)), answers)
         teacher = on_student_grid(student, new.features)
+        # A loss that remembers images by their numbers knows those of the training bank alone.
+        known = ids if bank is self.parts.train else None
         self.loss.eval()
         with own_randomness(derive_seed(self.config.seed, "judge"), self.device):
             measured = self._measurement(
@@ -247,7 +249,7 @@ class DistillationTrainer:
                 teacher,
                 new,
                 answers,
-                None,
+                known,
                 loss_before=losses,
                 loss_after=losses,
                 probe_loss=probe_loss,
@@ -255,14 +257,9 @@ class DistillationTrainer:
             reward = self.heldout_rule.compute(measured)
             feature = matched_feature(student, maps, pooled, self.dense)
             mine = projected(student, feature, maps[:-1], self.dense)
-            distilled = layer_losses(self.loss, mine, teacher, new.weights, None)
-        return StepResult(
-            finite_reward(reward, losses),
-            distilled,
-            losses,
-            losses,
-            self.task.correct(outputs, answers),
-        )
+            distilled = layer_losses(self.loss, mine, teacher, new.weights, known)
+        correct = self.task.correct(outputs, answers)
+        return StepResult(finite_reward(reward, losses), distilled, losses, losses, correct)
 
     @torch.no_grad()
     def embed(self, images: Tensor, student: Student | None = None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class FeaturePyramid(Projections):
     """The multi-scale feature regressor of DreamTeacher.
 
     Li et al., "DreamTeacher: Pretraining Image Backbones with Deep Generative Models", ICCV 2023,
-    section 3.1: a feature pyramid (Lin et al., "Feature Pyramid Networks", CVPR 2017) on the
+    section 3: a feature pyramid (Lin et al., "Feature Pyramid Networks", CVPR 2017) on the
     student's stages, with pyramid pooling (Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017)
     on the deepest one. Each teacher layer is regressed from the level of nearest resolution. Their
     loss is ``losses: {hint: 1, attention: 10}`` with dense features. There is no batch norm, whose

@@ -218,16 +218,23 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path: Path) -> None:
 def test_foreign_files_are_named_and_passed_over(tmp_path: Path) -> None:
     oldest, middle, newest = save(tmp_path, 1, 2, 3)
     torch.save(state_of(3), newest)
-    middle.write_bytes(middle.read_bytes().replace(b"-checkpoint 1\n", b"-checkpoint 9\n", 1))
+    middle.write_bytes(middle.read_bytes().replace(b"-checkpoint 2\n", b"-checkpoint 9\n", 1))
     with pytest.warns(CheckpointWarning) as caught:
         found = load_latest(tmp_path, kind="test")
     assert found is not None
     assert found[0] == 1
     message = str(caught[0].message)
     assert "step-000000003.ckpt' is no checkpoint of this package" in message
-    assert "step-000000002.ckpt' has format version 9; this package reads version 1" in message
+    assert "step-000000002.ckpt' has format version 9; this package reads version 2" in message
     oldest.unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*000000003"):
+        load_latest(tmp_path, kind="test")
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    for path in save(tmp_path, 1, 2):
+        path.write_bytes(path.read_bytes().replace(b"-checkpoint 2\n", b"-checkpoint 1\n", 1))
+    with pytest.raises(CheckpointError, match=r"are of an earlier version .* start a new run$"):
         load_latest(tmp_path, kind="test")
 
 

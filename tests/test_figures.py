@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
@@ -94,6 +95,12 @@ def test_the_heat_map_pools_many_logging_points() -> None:
     np.testing.assert_allclose(shares[:, 0], first)
 
 
+def test_a_label_beside_wide_numbers_is_not_cut_off() -> None:
+    figure = summary_figure(**summary(reward=np.linspace(-2.412, -2.208, 12)))
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].yaxis.label.get_window_extent().x0 >= 0
+
+
 def test_rows_without_reward_or_counts_are_left_out() -> None:
     given = summary(points=4)
     reward = np.array([1.0, np.nan, 2.0, 3.0])
@@ -113,6 +120,10 @@ def test_a_short_run_has_a_figure(points: int, tmp_path: Path) -> None:
 def test_entropy_and_band_are_optional(tmp_path: Path) -> None:
     with_band = summary(entropy=None, reward_band=np.full(12, 0.1))
     save_figure(summary_figure(**with_band), tmp_path / "summary.png")
+    whose = [axes.get_title(loc="right") for axes in summary_figure(**summary()).axes]
+    assert "policy entropy (nats)" in whose
+    chosen = summary_figure(**summary(entropy_of="choice"))
+    assert "choice entropy (nats)" in [axes.get_title(loc="right") for axes in chosen.axes]
     plain = summary_figure(**summary(entropy=None))
     assert len(plain.axes) == len(summary_figure(**summary()).axes) - 1
 

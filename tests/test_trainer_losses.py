@@ -83,6 +83,9 @@ def test_a_loss_is_told_the_images_and_remembers_after_the_update(tiny, watched)
     assert [(name, ids, training) for name, ids, training, *_ in watched.CALLS] == [
         ("loss", None, False)
     ] * 2
+    watched.CALLS.clear()
+    trainer.judge(trainer.parts.train, IDS, TIMESTEPS, IDS * 0)
+    assert [ids.tolist() for _, ids, *_ in watched.CALLS] == [IDS.tolist()] * 2
 
 
 def test_judging_after_a_step_without_look_ahead_leaves_training_mode(tiny, watched):

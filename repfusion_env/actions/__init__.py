@@ -28,6 +28,7 @@ def build_actions(
     Raises:
         ValueError: It does not fit grid or layers, or is not of the kind that it says.
     """
+    import numpy as np
     from gymnasium import spaces
 
     actions: ActionSpace = _look_up(config.env.action)(grid, layers, config.env)
@@ -37,6 +38,11 @@ def build_actions(
         raise ValueError(
             f"env.action: the space of '{config.env.action}' is {actions.space}, but its kind is "
             f"'{actions.kind}'; allowed: Discrete, MultiDiscrete, Box"
+        )
+    if np.any(getattr(actions.space, "start", 0)):  # a Box has none
+        raise ValueError(
+            f"env.action: the space of '{config.env.action}' is {actions.space}; agents count from "
+            "0, so it must start there"
         )
     return actions
 

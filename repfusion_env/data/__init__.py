@@ -11,7 +11,7 @@ from dataclasses import replace
 from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.data.splits import recolor, resize
-from repfusion_env.registry import DATASETS, look_up
+from repfusion_env.registry import DATASETS, WrongPartError, look_up
 
 __all__ = ["ImageBank", "load_data"]
 
@@ -35,7 +35,7 @@ def load_data(config: DataConfig) -> tuple[ImageBank, ImageBank]:
         or len(loaded) != 2
         or not all(isinstance(bank, ImageBank) for bank in loaded)
     ):
-        raise TypeError(
+        raise WrongPartError(
             f"data set '{config.name}': its loader must return two ImageBanks (train, held-out), "
             f"not {type(loaded).__name__}"
         )

@@ -105,10 +105,11 @@ class ContrastiveRepresentation(nn.Module):
         old = self.memory[:, ids]  # (2, B, E)
         moved = torch.lerp(torch.stack(self._embedded(student, teacher)), old, self.momentum)
         new = torch.where(skip, old, unit(moved))
-        # Lanes with the same image all write what the last of them found: no race decides.
+        # Samples of the same image all write what the first of them, the newest, found: no race
+        # decides.
         lanes = torch.arange(len(ids), device=ids.device)
-        last = torch.where(ids[:, None] == ids, lanes, -1).amax(1)
-        self.memory[:, ids] = new[:, last]
+        first = torch.where(ids[:, None] == ids, lanes, len(ids)).amin(1)
+        self.memory[:, ids] = new[:, first]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The memory and what the negatives are drawn from."""

@@ -14,7 +14,7 @@ class FactorTransfer(nn.Module):
     """Mean absolute (or squared) difference of unit-length factors.
 
     Kim et al., "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS
-    2018, eqs. 1 to 3: a paraphraser (autoencoder of the teacher's features) and a translator (from
+    2018, section 3: a paraphraser (autoencoder of the teacher's features) and a translator (from
     the student's), each three 3x3 convolutions with leaky ReLU on maps, linear layers on pooled
     features; ``mean |u_T - u_S|^power`` of the factors divided by their length. Non-negative, 0
     where the factors match.
@@ -51,7 +51,7 @@ class FactorTransfer(nn.Module):
         return (factors - target).abs().pow(self.power).mean(1)
 
     def auxiliary(self, teacher: Tensor) -> Tensor:
-        """Mean squared error of the paraphraser's reconstruction, eq. 1, ()."""
+        """Mean squared error of the paraphraser's reconstruction, ()."""
         return F.mse_loss(self.decoder(self.encoder(teacher)), teacher)
 
 

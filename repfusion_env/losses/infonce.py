@@ -13,11 +13,11 @@ from repfusion_env.losses.shape import Anchors, FeatureShape
 class InfoNCE(nn.Module):
     """Cross-entropy of the teacher's own feature among those of the others, in nats.
 
-    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, eq. 4,
-    with ``exp(cos / temperature)`` as density ratio: the student's feature asks, the teacher's
-    features are the keys. Non-negative; the more a feature points at its own key and away from the
-    others, the smaller. Another lane with the same image is no other. Memory grows with the square
-    of the related points.
+    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018,
+    section 2.3, with ``exp(cos / temperature)`` as density ratio: the student's feature asks, the
+    teacher's features are the keys. Non-negative; the more a feature points at its own key and away
+    from the others, the smaller. Another lane with the same image is no other where ``ids`` say so.
+    Memory grows with the square of the related points.
 
     Args:
         shape: Not used; the loss learns nothing.
@@ -42,7 +42,7 @@ class InfoNCE(nn.Module):
             student: (B, F) or (B, F, H, W).
             teacher: The same shape.
             anchors: Others that stay fixed.
-            ids: (B,) images.
+            ids: (B,) images of the bank; None: no two samples are of one image.
         """
         mine, _, _, keys = related(student, teacher, anchors)
         logits = unit(mine) @ unit(keys).transpose(1, 2) / self.temperature  # (G, L, L')

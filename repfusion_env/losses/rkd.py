@@ -16,7 +16,7 @@ from repfusion_env.losses.shape import Anchors
 def rkd_distance(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
     """Huber loss between distances, each divided by its mean over the related pairs.
 
-    Park et al., "Relational Knowledge Distillation", CVPR 2019, eqs. 5 to 7; row means, so that
+    Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2; row means, so that
     the mean over samples is the published loss up to its factor.
     """
     points = related(student, teacher, anchors)
@@ -29,7 +29,7 @@ def rkd_distance(student: Tensor, teacher: Tensor, anchors: Anchors | None = Non
 def rkd_angle(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
     """Huber loss between the cosines of the angles at each sample to all pairs of others.
 
-    Park et al., "Relational Knowledge Distillation", CVPR 2019, eqs. 8 to 10. Memory grows with
+    Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2. Memory grows with
     the cube of the number of related points.
     """
     points = related(student, teacher, anchors)

@@ -13,7 +13,7 @@ def similarity_preserving(
 ) -> Tensor:
     """Mean squared difference of the rows of the similarity matrices, each row of unit length.
 
-    Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, eqs. 1 to 4: ``G = Q
+    Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, section 3: ``G = Q
     Q^T``, its rows divided by their length, ``|G_T - G_S|_F^2 / b^2``; the mean over samples is
     that. Non-negative, 0 at a match. Memory grows with the square of the related points.
     """

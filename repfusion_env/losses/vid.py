@@ -14,7 +14,7 @@ from repfusion_env.losses.shape import Anchors, FeatureShape
 class VariationalInformation(nn.Module):
     """Gaussian log-likelihood of the teacher's feature with one variance per channel.
 
-    Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 3:
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019:
     ``log sigma_c + (t_c - mu_c(s))^2 / (2 sigma_c^2)`` with ``sigma_c^2 = softplus(alpha_c) +
     floor``, mean over channels (published: sum) and positions; ``mu`` is the projection. The log
     term, which no feature can change, enters less its own present value: all gradients are the

@@ -7,14 +7,17 @@ A family of teachers is one file with ``load(config, *, device) -> Teacher``, be
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from repfusion_env.config import ExperimentConfig, TeacherConfig
 from repfusion_env.config_loading import ConfigError
-from repfusion_env.registry import TEACHERS, look_up
+from repfusion_env.registry import TEACHERS, WrongPartError, look_up
 from repfusion_env.teachers.base import Teacher, TeacherCard, TeacherError, unknown_layers
 from repfusion_env.teachers.detect import family_of
 from repfusion_env.teachers.module import describe_module, wrap_module
@@ -38,10 +41,10 @@ def load_teacher(config: TeacherConfig, *, device: torch.device | str) -> Teache
     Raises:
         TeacherError: Files are missing, damaged, or belong to another kind of model.
         ValueError: The family is unknown.
-        TypeError: A loader of the user's own does not return a teacher.
+        TypeError: A loader of the user's own cannot be called as one, or returns no teacher.
     """
     family = family_of(config)
-    loaded = look_up("teacher family", family, TEACHERS)(config, device=device)
+    loaded = _loader(family)(config, device=device)
     if isinstance(loaded, nn.Module) and not isinstance(loaded, Teacher):
         return wrap_module(loaded, config, device=device)
     return _checked(loaded, family)
@@ -55,9 +58,10 @@ def describe_teacher(config: TeacherConfig) -> TeacherCard:
     Raises:
         TeacherError: The files are missing or belong to another kind of model.
         ValueError: The family is unknown.
+        TypeError: See :func:`load_teacher`.
     """
     family = family_of(config)
-    load = look_up("teacher family", family, TEACHERS)
+    load = _loader(family)
     describe = getattr(sys.modules.get(load.__module__), "describe", None)
     if describe is not None:
         card: TeacherCard = describe(config)
@@ -137,13 +141,31 @@ def check_fit(
         raise ConfigError(problems)
 
 
+def _loader(family: str) -> Callable[..., Any]:
+    load: Callable[..., Any] = look_up("teacher family", family, TEACHERS)
+    if family in TEACHERS:
+        return load
+    try:
+        if isinstance(load, nn.Module):
+            raise TypeError("it is a module itself")
+        inspect.signature(load).bind(TeacherConfig(), device="cpu")
+    except TypeError as error:
+        raise WrongPartError(
+            f"teacher family '{family}': it is called as load(config, device=...) and returns the "
+            f"teacher, which this cannot be ({error})"
+        ) from error
+    except ValueError:
+        pass  # written in C, without a signature to read
+    return load
+
+
 def _remedy(have: int, wanted: int) -> str:
     return f"; data.channels {wanted} converts them" if {have, wanted} == {1, 3} else ""
 
 
 def _checked(loaded: object, family: str) -> Teacher:
     if not isinstance(loaded, Teacher):
-        raise TypeError(
+        raise WrongPartError(
             f"teacher family '{family}': its loader must return a Teacher "
             f"(repfusion_env.teachers.base) or an nn.Module, not {type(loaded).__name__}"
         )

@@ -31,7 +31,8 @@ class Teacher(Protocol):
         image_size: Side in pixels of the images that it was trained on.
         num_timesteps: Timesteps of its noise scheduler, ``0..num_timesteps - 1``.
         feature_shapes: (F, h, w) by layer for images of ``image_size``.
-        fingerprint: SHA-256 (hex) of weights, configuration and layers.
+        fingerprint: SHA-256 (hex) of weights, configuration, noise process and layers; what changes
+            no more than the rounding (memory layout, batch size, offload) is not in it.
     """
 
     layers: tuple[str, ...]

@@ -26,10 +26,14 @@ def family_of(config: TeacherConfig) -> str:
     kind = _class_of(files)
     if kind in TEACHER_FILES:
         return TEACHER_FILES[kind]
-    named = "no class" if kind is None else f"'{kind}'"
+    named = f"its config.json names '{kind}', which belongs to no known family"
+    if kind is None:
+        named = (
+            "no config.json in it or in its 'transformer/' or 'unet/' names a class of diffusers "
+            "or an architecture of timm"
+        )
     raise TeacherError(
-        f"teacher '{config.model}': its config.json names {named}, which belongs to no known "
-        "family; give "
+        f"teacher '{config.model}': {named}; give "
         f"teacher.family: {', '.join(TEACHERS)}, or your own as 'module:function'"
     )
 

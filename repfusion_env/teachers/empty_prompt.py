@@ -28,7 +28,7 @@ from repfusion_env.registry import did_you_mean
 from repfusion_env.teachers.base import TeacherError
 from repfusion_env.teachers.files.model_files import ModelFiles, find_model
 from repfusion_env.teachers.files.quiet import first_line, quiet_diffusers
-from repfusion_env.teachers.files.text_encoders import load_text_parts
+from repfusion_env.teachers.files.text_encoders import check_text_parts, load_text_parts
 
 FILE = "empty_prompt.safetensors"
 SEQUENCE, MASK = "encoder_hidden_states", "encoder_attention_mask"
@@ -76,6 +76,17 @@ def empty_prompt(
     }
 
 
+def check_prompt_files(files: ModelFiles) -> None:
+    """Refuse a model without what its empty prompt is made of; no weights are read.
+
+    Raises:
+        TeacherError: A tokenizer or text encoder is missing, or the pipeline is none of those
+            known here.
+    """
+    if not (files.folder / FILE).is_file():
+        check_text_parts(files, _index(files))
+
+
 def _stored(files: ModelFiles, path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -99,6 +110,24 @@ def _encoded(
 ) -> dict[str, Tensor]:
     import diffusers
 
+    index = _index(files)
+    name = str(index["_class_name"])
+    parts = load_text_parts(files, index, dtype)
+    try:
+        with quiet_diffusers(), torch.random.fork_rng(devices=[]), torch.inference_mode():
+            pipeline = _pipeline(getattr(diffusers, name), parts, index, settings)
+            returned = _encode(pipeline)
+        return {key: returned[place].detach().clone() for place, key in PIPELINES[name].items()}
+    except Exception as error:
+        # Text parts that do not fit each other make a pipeline raise whatever it meets first.
+        raise TeacherError(
+            f"teacher '{files.model}': its {name} cannot encode the empty prompt "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _index(files: ModelFiles) -> dict[str, Any]:
+    """Content of the ``model_index.json``, of a pipeline known here."""
     if not (files.folder / "model_index.json").is_file():
         raise TeacherError(
             f"teacher '{files.model}' is conditioned on text, but its folder holds neither a "
@@ -112,18 +141,7 @@ def _encoded(
             f"empty prompt is not known here; known: {', '.join(PIPELINES)}, or an {FILE} in its "
             f"folder.{did_you_mean(name, PIPELINES)}"
         )
-    parts = load_text_parts(files, index, dtype)
-    try:
-        with quiet_diffusers(), torch.random.fork_rng(devices=[]), torch.inference_mode():
-            pipeline = _pipeline(getattr(diffusers, name), parts, index, settings)
-            returned = _encode(pipeline)
-        return {key: returned[place].detach().clone() for place, key in PIPELINES[name].items()}
-    except Exception as error:
-        # Text parts that do not fit each other make a pipeline raise whatever it meets first.
-        raise TeacherError(
-            f"teacher '{files.model}': its {name} cannot encode the empty prompt "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
+    return index
 
 
 def _pipeline(

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from repfusion_env.config_loading import ConfigError, load_config, parse_yaml
 
+WIDEST = 1_000  # characters of a line
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 2 for a model that cannot be used."""
@@ -74,6 +76,7 @@ def show(
 
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     from repfusion_env.teachers import describe_teacher
@@ -82,6 +85,7 @@ def show(
     card = describe_teacher(config)
     trace = card.trace
     console = Console(soft_wrap=True)
+    wide = console.options.update(max_width=WIDEST)
     side = f"{card.image_size}x{card.image_size}"
     console.print(f"family      {family_of(config)}", highlight=False)
     console.print(f"images      {card.channels}x{side}", highlight=False, end="")
@@ -103,6 +107,8 @@ def show(
         cost = trace.cost([layer])
         shape = ", ".join(map(str, trace.shapes[layer]))
         table.add_row(name, shape, f"{cost:,} ({cost / max(1, trace.parameters):.0%})")
+    # Names and numbers are never cut short; a terminal breaks what is too long for it.
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)
 
 

@@ -102,7 +102,7 @@ def load(config: TeacherConfig, *, device: torch.device | str) -> NetworkTeacher
             lambda name: "" if name in facts.recomputed else name,
         )
 
-    return load_network(
+    teacher = load_network(
         plan,
         weights,
         noise_levels(),
@@ -110,7 +110,9 @@ def load(config: TeacherConfig, *, device: torch.device | str) -> NetworkTeacher
         _card(plan, facts, settings, found),
         found,
         description=json.dumps(settings, sort_keys=True),
-    ).to(device)
+    )
+    _convert_buffers(teacher.network, teacher.dtype)
+    return teacher.to(device)
 
 
 def describe(config: TeacherConfig) -> TeacherCard:
@@ -122,6 +124,17 @@ def describe(config: TeacherConfig) -> TeacherCard:
     files, settings = _open(config)
     plan, facts = _plan(files.model, settings)
     return _card(plan, facts, settings, _trace(plan, facts, settings))
+
+
+def _convert_buffers(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give biases, masks and positions that are buffers the precision of the weights they meet."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue  # statistics stay as they are: see weight_files.fill
+        for name, buffer in module.named_buffers(recurse=False):
+            # Pixels are brought to their range in whole precision.
+            if buffer.is_floating_point() and not name.startswith("pixel_"):
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _open(config: TeacherConfig) -> tuple[ModelFiles, dict[str, Any]]:

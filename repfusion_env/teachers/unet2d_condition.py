@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repfusion_env.config import TeacherConfig
 from repfusion_env.teachers.base import TeacherCard, TeacherError
-from repfusion_env.teachers.empty_prompt import empty_prompt
+from repfusion_env.teachers.empty_prompt import check_prompt_files, empty_prompt
 from repfusion_env.teachers.files.attention_names import current_names
 from repfusion_env.teachers.files.model_files import ModelFiles, find_model
 from repfusion_env.teachers.files.weight_files import WeightFiles
@@ -130,6 +130,8 @@ class _Denoiser:
         return known_trace(self.plan(), [self.unet, str(self.process.condition.dtype)])
 
     def card(self) -> TeacherCard:
+        if self.prompt_shapes(0):
+            check_prompt_files(self.files)
         channels, side, _ = self.plan().input_shape
         found = self.trace()
         default = next((layer for layer in DEFAULT_LAYERS if layer in found.shapes), "conv_in")

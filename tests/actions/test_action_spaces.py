@@ -214,18 +214,27 @@ def test_an_unknown_name_is_refused_with_the_closest():
         check({"env.action": "timestep_sets"})
 
 
-def test_a_space_of_ones_own_must_be_of_the_kind_that_it_says(tmp_path, monkeypatch):
+def test_a_space_of_ones_own_must_be_of_the_kind_that_it_says_and_start_at_0(tmp_path, monkeypatch):
     (tmp_path / "odd_actions.py").write_text(
         "from gymnasium import spaces\n"
         "class Odd:\n"
         "    kind = 'Box'\n"
         "    def __init__(self, grid, layers, env):\n"
         "        self.space = spaces.Discrete(2)\n"
+        "class Shifted:\n"
+        "    kind = 'MultiDiscrete'\n"
+        "    def __init__(self, grid, layers, env):\n"
+        "        self.space = spaces.MultiDiscrete([2, 2], start=[0, 1])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     config = check({"env.action": "odd_actions:Odd"})
     assert conflicts(config) == []
     with pytest.raises(ValueError, match=r"is Discrete\(2\), but its kind is 'Box'; allowed: Dis"):
+        build_actions(config, TimestepGrid((0, 40), CPU), LAYERS)
+    config = check({"env.action": "odd_actions:Shifted"})
+    with pytest.raises(
+        ValueError, match=r"is MultiDiscrete\(.*\); agents count from 0, so it must"
+    ):
         build_actions(config, TimestepGrid((0, 40), CPU), LAYERS)
 
 

@@ -109,6 +109,12 @@ def test_the_mean_of_timesteps_between_the_grids_is_their_own():
     assert decisions.drain((0, 10, 100)) == {}
 
 
+def test_the_entropy_of_a_single_choice_is_no_minus_0():
+    decisions = Decisions(1, 2, torch.device("cpu"), keep_history=False)
+    decisions.add(Choice(*torch.full((2, 3, 1), 0)), torch.zeros(3))
+    assert str(decisions.drain((80,))["timestep/entropy"]) == "0.0"
+
+
 @pytest.mark.parametrize(
     ("name", "actions", "sentence"),
     [

@@ -182,8 +182,12 @@ def test_masked_timesteps_are_never_chosen(agent_of: Any):
 
 def test_continuous_actions_are_refused(tiny: dict[str, Any]):
     env = RepFusionVectorEnv(config=tiny, **{"env.action": "continuous"})
-    with pytest.raises(ConfigError, match=r"draws from categories, but 'continuous' is a Box"):
+    with pytest.raises(ConfigError, match=r"draws from categories, but 'continuous' is a Box") as e:
         Reinforce(env, 0)
+    assert str(e.value).endswith(
+        "for this one use train_sb3 --algo ppo or a2c or trpo or recurrent_ppo or ars or sac or "
+        "td3 or ddpg or tqc or crossq"
+    )
 
 
 @pytest.mark.parametrize(

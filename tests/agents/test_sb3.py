@@ -203,6 +203,15 @@ def test_values_that_the_algorithm_refuses_end_in_its_sentence(
     assert "sb3: ppo with policy 'NoSuchPolicy'" in capsys.readouterr().err
 
 
+def test_a_rollout_of_few_lanes_is_a_whole_mini_batch(
+    experiment: Callable[..., Path], recwarn: pytest.WarningsRecorder
+):
+    # SB3 warns of a mini-batch larger than the rollout.
+    config = experiment(**{**settings("ppo"), "sb3.arguments": {}, "run.decisions": LANES * 8})
+    assert main(["--config", str(config)]) == 0
+    assert not [warning for warning in recwarn if "mini-batch" in str(warning.message)]
+
+
 def test_pixels_get_our_convolutions(experiment: Callable[..., Path], tmp_path: Path):
     config = str(experiment(**settings("ppo") | {"observation.source": "pixels"}))
     assert main(["--config", config, "--run.name", "pixels"]) == 0

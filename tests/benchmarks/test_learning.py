@@ -85,3 +85,10 @@ def test_unknown_option_is_refused_with_the_closest_match(
 ) -> None:
     assert main(["--reward.knid", "student"]) == 2
     assert "Did you mean 'reward.kind'?" in capsys.readouterr().err
+
+
+def test_actions_that_reinforce_cannot_choose_are_refused_before_any_seed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--env.action", "continuous_timestep"]) == 2
+    assert "error: env.action: REINFORCE draws from categories" in capsys.readouterr().err

@@ -134,11 +134,11 @@ def test_a_skipped_step_leaves_the_memory_alone_even_where_features_are_not_fini
     assert torch.equal(loss.memory, before)
 
 
-def test_of_lanes_with_one_image_the_last_is_remembered():
+def test_of_samples_of_one_image_the_first_and_newest_is_remembered():
     loss, other = _crd(), _crd()
     student, teacher = _pair()
     loss.remember(student, teacher, torch.tensor([2, 5, 2]), torch.tensor(False))
-    other.remember(student[1:], teacher[1:], torch.tensor([5, 2]), torch.tensor(False))
+    other.remember(student[:2], teacher[:2], torch.tensor([2, 5]), torch.tensor(False))
     torch.testing.assert_close(loss.memory, other.memory)
 
 

@@ -157,6 +157,7 @@ def test_the_environment_steps_on_it(tiny, folder):
     [
         ({"sigma_mim": 0.1}, "Did you mean 'sigma_min'?"),
         ({"sigma_min": 0.0}, "sigma_min: 0.0 given; it must be above 0"),
+        ({"sigma_max": float("inf")}, "inf given; it must be a number, and finite"),
         ({"sigma_min": 90.0}, "it must be below sigma_max, which is 80.0"),
         ({"timesteps": 2.5}, "timesteps: 2.5 given; it must be a whole number"),
         ({"sigma_schedule": "linear"}, "allowed: 'karras', 'exponential'"),

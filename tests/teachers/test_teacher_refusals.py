@@ -105,6 +105,8 @@ def test_another_kind_of_model_or_scheduler(make_model):
     assert "is a UNet2DConditionModel; family 'unet2d' takes a UNet2DModel" in said
     edit(folder / "config.json", _class_name="UNet5DModel")
     assert "names 'UNet5DModel', which belongs to no known family" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    assert "names a class of diffusers or an architecture of timm; give" in refusal(folder)
     edit(folder / "config.json", _class_name="UNet2DModel")
     edit(folder / "scheduler_config.json", _class_name="DDPMSchedular")
     assert "names 'DDPMSchedular', which is no scheduler" in refusal(folder)
@@ -138,6 +140,8 @@ def test_models_that_are_nowhere(tmp_path, monkeypatch):
     assert "Did you mean 'digits'?" in refusal("digit")
     (tmp_path / "file").write_text("x")
     assert "is a file" in refusal(tmp_path / "file")
+    said = refusal(tmp_path / "file", family="unet2d")
+    assert "is a file; its teacher.family takes a folder with a scheduler_config.json" in said
 
 
 def test_a_hub_id_that_cannot_be_reached_says_that_a_folder_works(tmp_path, monkeypatch):

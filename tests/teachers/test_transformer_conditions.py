@@ -89,7 +89,9 @@ def test_the_guidance_of_a_distilled_network_is_an_option(transformer_folder):
     guided, plain = transformer_folder("flux_guided"), transformer_folder("flux")
     default = read(teacher_of(guided))
     assert torch.equal(read(teacher_of(guided, options={"guidance": 3.5})), default)
-    assert not torch.equal(read(teacher_of(guided, options={"guidance": 1})), default)
+    told = teacher_of(guided, options={"guidance": 1})
+    assert not torch.equal(read(told), default)
+    assert told.fingerprint != teacher_of(guided).fingerprint
     assert torch.equal(read(teacher_of(plain, options={"guidance": 1})), read(teacher_of(plain)))
 
 
@@ -128,7 +130,6 @@ def test_pieces_and_offload_change_nothing(transformer_folder, case):
     torch.testing.assert_close(read(teacher_of(folder, batch_size=2)), whole)
     offloaded = teacher_of(folder, offload="cpu")
     assert torch.equal(read(offloaded), whole)
-    assert {value.device.type for value in offloaded.network.parameters()} == {"meta"}
 
 
 def test_the_fingerprint_knows_the_prompt_and_the_vae(copied):

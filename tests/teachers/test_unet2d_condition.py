@@ -271,9 +271,6 @@ def test_less_memory_changes_no_feature(saved, kind):
         torch.testing.assert_close(teacher.encode(images), clean, rtol=1e-5, atol=1e-6)
         given = teacher.features(clean, timesteps)[layer]
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
-        on_device = {value.device.type for value in teacher.network.parameters()}
-        # Offloaded weights are on no device between the forwards; accelerate keeps them aside.
-        assert on_device == ({"meta"} if "offload" in options else {"cpu"})
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

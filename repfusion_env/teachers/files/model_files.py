@@ -14,9 +14,10 @@ from repfusion_env.teachers.base import TeacherError
 
 SHIPPED = {"digits": Path(__file__).parents[1] / "digits"}
 STEM = "diffusion_pytorch_model"
-# Safe ones first; a half-precision copy serves where there is no other.
+# Each with the index that lists its shards, where there are several. Safe ones first; a
+# half-precision copy serves where there is no other.
 WEIGHTS = tuple(
-    f"{stem}{variant}{suffix}"
+    (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json")
     for suffix in (".safetensors", ".bin")
     for variant in ("", ".fp16")
     for stem in (STEM, "model", "pytorch_model")
@@ -60,6 +61,10 @@ class ModelFiles:
         Raises:
             TeacherError: Neither the model's folder nor its subfolder does.
         """
+        if self.file is not None:
+            raise TeacherError(
+                f"teacher '{self.model}' is a file; its teacher.family takes a folder with a {name}"
+            )
         places = [self.folder, self.folder / component] if component else [self.folder]
         if (self.folder / "model_index.json").is_file():
             places.reverse()
@@ -81,40 +86,39 @@ class ModelFiles:
             TeacherError: There are none, or a shard is missing.
         """
         place = self.place(component)
-        if self.remote:
-            self._fetch_weights(place)
-        for name in WEIGHTS:
-            index = place / f"{name}.index.json"
-            if index.is_file():
-                return self._shards(index)
-            if (place / name).is_file():
-                return [place / name]
+        for name, index in WEIGHTS:
+            shards = self._shards(place / index) if (place / index).is_file() else None
+            names = shards or [name]
+            # From the hub one file after the other: most models hold several copies.
+            if self.remote and not all((place / name).is_file() for name in names):
+                inside = place.relative_to(self.folder)
+                wanted = [(inside / name).as_posix() for name in names]
+                _download(self.model, self.revision, wanted)
+            missing = [name for name in names if not (place / name).is_file()]
+            if shards and missing:
+                raise TeacherError(
+                    f"teacher '{self.model}': {index} lists {missing[0]}, which is not there"
+                )
+            if not missing:
+                return [place / name for name in names]
         raise TeacherError(
             f"teacher '{self.model}' has no weights: there is neither {STEM}.safetensors nor "
             f"{STEM}.bin beside its config.json"
         )
 
-    def _shards(self, index: Path) -> list[Path]:
-        listed = _read_json(self.model, index).get("weight_map", {})
-        names = sorted(set(listed.values())) if isinstance(listed, dict) else []
-        missing = [name for name in names if not (index.parent / str(name)).is_file()]
-        if missing or not names:
-            raise TeacherError(
-                f"teacher '{self.model}': {index.name} lists {missing[0] if missing else 'nothing'}"
-                f"{', which is not there' if missing else ''}"
-            )
-        return [index.parent / name for name in names]
-
-    def _fetch_weights(self, place: Path) -> None:
-        """Fetch a component's weights, the pickled copy only where there is no other."""
-        inside = place.relative_to(self.folder).as_posix()
-        for suffix in (".safetensors", ".bin"):
-            # In the root a star alone would match the weights of every component below.
-            starts = [STEM, "model", "pytorch_model"] if inside == "." else [f"{inside}/"]
-            wanted = [f"{start}*{suffix}{end}" for start in starts for end in ("", ".index.json")]
-            _download(self.model, self.revision, wanted)
-            if any(place.glob(f"*{suffix}")):
-                return
+    def _shards(self, index: Path) -> list[str]:
+        listed = _read_json(self.model, index).get("weight_map")
+        names = list(listed.values()) if isinstance(listed, dict) else []
+        if not names:
+            raise TeacherError(f"teacher '{self.model}': {index.name} lists nothing")
+        for name in names:
+            # A file of weights lies beside its index: nothing else on this machine is read.
+            if not isinstance(name, str) or name != Path(name).name or "\\" in name:
+                raise TeacherError(
+                    f"teacher '{self.model}': {index.name} lists {name!r}, which is no name of a "
+                    "file beside it"
+                )
+        return sorted(set(names))
 
 
 def find_model(model: str, revision: str | None) -> ModelFiles:
@@ -156,7 +160,12 @@ def _download(model: str, revision: str | None, patterns: Iterable[str]) -> Path
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except RevisionNotFoundError as error:
         raise TeacherError(f"teacher '{model}' has no revision '{revision}' on the hub") from error
-    except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as error:
+    except GatedRepoError as error:
+        raise TeacherError(
+            f"teacher '{model}' is gated: accept its terms on the hub and log in there with "
+            "'hf auth login', or give teacher.model a local folder"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise TeacherError(
             f"teacher '{model}': there is no such folder here and no such public model on the hub"
         ) from error
@@ -164,7 +173,7 @@ def _download(model: str, revision: str | None, patterns: Iterable[str]) -> Path
         raise TeacherError(_unreachable(model, error)) from error
     except Exception as error:
         # The hub's client lets its HTTP library's exceptions through; which one differs by version.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "requests", "httpcore"):
+        if not type(error).__module__.startswith(("http", "requests", "urllib3")):
             raise
         raise TeacherError(_unreachable(model, error)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,38 @@ from repfusion_env.teachers.files.quiet import first_line
 PREFIXES = ("tokenizer", "text_encoder")
 # CLIP is small enough for float32; T5 has billions of weights.
 LARGE = ("T5", "UMT5")
+
+
+def check_text_parts(files: ModelFiles, index: Mapping[str, Any]) -> list[str]:
+    """Refuse a model whose text parts are not all there, before any is loaded.
+
+    Args:
+        files: Of the model.
+        index: Content of its ``model_index.json``.
+
+    Returns:
+        Names in the index of all tokenizers and text encoders, those saved as none included.
+
+    Raises:
+        TeacherError: One is missing, or transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        raise TeacherError(_needs_transformers(files.model))
+    names = [name for name in index if name.startswith(PREFIXES)]
+    for name in names:
+        entry = index[name]
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise TeacherError(
+                f"teacher '{files.model}': its model_index.json gives {name} as {entry!r}; "
+                "a library and a class are needed"
+            )
+        present = "tokenizer_config.json" if name.startswith("tokenizer") else "config.json"
+        if entry[1] is not None and not (files.folder / name / present).is_file():
+            raise TeacherError(
+                f"teacher '{files.model}' has no {name}: the embeddings of its empty prompt need "
+                f"'{name}/{present}', or an empty_prompt.safetensors that holds them"
+            )
+    return names
 
 
 def load_text_parts(
@@ -37,29 +70,27 @@ def load_text_parts(
         TeacherError: One is missing, damaged, incomplete, or no part of transformers; or that is
             not installed.
     """
+    names = check_text_parts(files, index)
     library = _transformers(files.model)
-    parts: dict[str, Any] = {}
-    for name, entry in index.items():
-        if not name.startswith(PREFIXES):
-            continue
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise TeacherError(
-                f"teacher '{files.model}': its model_index.json gives {name} as {entry!r}; "
-                "a library and a class are needed"
-            )
-        parts[name] = None if entry[1] is None else _load(library, files, name, entry, dtype)
-    return parts
+    return {
+        name: None if index[name][1] is None else _load(library, files, name, index[name], dtype)
+        for name in names
+    }
 
 
 def _transformers(model: str) -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise TeacherError(
-            f"teacher '{model}' is told of an empty prompt, which its text encoder makes; that "
-            "needs transformers: pip install 'repfusion-env[text]'"
-        ) from error
+        raise TeacherError(_needs_transformers(model)) from error
     return transformers
+
+
+def _needs_transformers(model: str) -> str:
+    return (
+        f"teacher '{model}' is told of an empty prompt, which its text encoder makes; that "
+        "needs transformers: pip install 'repfusion-env[text]'"
+    )
 
 
 def _load(library: Any, files: ModelFiles, name: str, entry: Any, dtype: torch.dtype) -> Any:
@@ -74,12 +105,6 @@ def _load(library: Any, files: ModelFiles, name: str, entry: Any, dtype: torch.d
             f"teacher '{files.model}': its model_index.json gives {name} as "
             f"{source}.{class_name}, which is no {'tokenizer' if is_tokenizer else 'text encoder'} "
             f"of transformers.{near}"
-        )
-    present = "tokenizer_config.json" if is_tokenizer else "config.json"
-    if not (files.folder / name / present).is_file():
-        raise TeacherError(
-            f"teacher '{files.model}' has no {name}: the embeddings of its empty prompt need "
-            f"'{name}/{present}', or an empty_prompt.safetensors that holds them"
         )
     try:
         with quiet_transformers(library), torch.random.fork_rng(devices=[]):
@@ -105,7 +130,7 @@ def _load_encoder(kind: Any, files: ModelFiles, name: str, dtype: torch.dtype) -
     encoder, said = kind.from_pretrained(
         files.folder / name,
         torch_dtype=torch.bfloat16 if half else torch.float32,
-        variant="fp16" if ".fp16." in weights[0].name else None,
+        variant="fp16" if ".fp16" in weights[0].name else None,
         use_safetensors=weights[0].suffix == ".safetensors",
         local_files_only=True,
         output_loading_info=True,

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from repfusion_env.teachers.base import TeacherError
 
 Rename = Callable[[str], str]
+# Folders of a pipeline whose files of weights have one name.
+COMPONENTS = ("transformer", "unet", "vae")
 
 
 def unchanged(name: str) -> str:
@@ -41,7 +43,7 @@ class WeightFiles:
 
     def __init__(self, model: str, paths: list[Path], rename: Rename = unchanged) -> None:
         self.model = model
-        self.label = paths[0].name if len(paths) == 1 else f"{paths[0].name} (and other shards)"
+        self.label = _label(paths[0]) + ("" if len(paths) == 1 else " (and other shards)")
         self._readers: dict[str, Callable[[], Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
@@ -52,7 +54,7 @@ class WeightFiles:
             except Exception as error:
                 # safetensors, pickle and zipfile raise kinds of their own.
                 raise TeacherError(
-                    f"teacher '{model}': {path.name} is damaged or not what its name says"
+                    f"teacher '{model}': {_label(path)} is damaged or not what its name says"
                 ) from error
 
     def _open(self, path: Path, rename: Rename) -> None:
@@ -118,6 +120,11 @@ class WeightFiles:
         return tensor
 
 
+def _label(path: Path) -> str:
+    folder = path.parent.name
+    return f"{folder}/{path.name}" if folder in COMPONENTS else path.name
+
+
 def _same(value: Tensor) -> Tensor:
     return value
 
@@ -154,7 +161,7 @@ def fill(
     """
     needed = set(needed)
     for name, parameter in list(network.named_parameters(remove_duplicate=False)):
-        owner, leaf = _owner(network, name)
+        owner, leaf = owner_of(network, name)
         if name not in needed:
             # Nothing reaches it, so there is no need of memory for it on any device.
             owner._parameters[leaf] = None
@@ -166,12 +173,13 @@ def fill(
         value = value.to(kind if parameter.is_floating_point() else value.dtype, copy=True)
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     for name, buffer in list(network.named_buffers(remove_duplicate=False)):
-        owner, leaf = _owner(network, name)
+        owner, leaf = owner_of(network, name)
         if name in files.shapes:
             owner._buffers[leaf] = files.read(name).to(buffer.dtype, copy=True)
     return network.eval().requires_grad_(False)
 
 
-def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner_of(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter or buffer ``name``, and its name there."""
     path, _, leaf = name.rpartition(".")
     return network.get_submodule(path), leaf

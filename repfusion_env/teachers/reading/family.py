@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -85,7 +86,7 @@ def no_options(config: TeacherConfig, family: str) -> None:
 def _check_kind(name: str, value: Any, default: Any) -> None:
     numbers = (int, float)
     fits = (
-        isinstance(value, numbers) and not isinstance(value, bool)
+        isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
         if isinstance(default, float)
         else type(value) is type(default)
     )
@@ -97,4 +98,6 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
             (str, "text"),
         )
         wanted = next((words for kind, words in kinds if isinstance(default, kind)), "a list")
+        if isinstance(value, float) and not math.isfinite(value):
+            wanted += ", and finite"
         raise TeacherError(f"teacher.options.{name}: {value!r} given; it must be {wanted}")

@@ -20,6 +20,7 @@ from repfusion_env.teachers.files.model_files import ModelFiles
 from repfusion_env.teachers.files.weight_files import WeightFiles, fill
 from repfusion_env.teachers.reading.family import known_trace
 from repfusion_env.teachers.reading.network import DTYPES, Plan
+from repfusion_env.teachers.reading.offload import CpuOffload
 
 
 class LatentEncoder:
@@ -28,10 +29,12 @@ class LatentEncoder:
     Args:
         vae: With the weights of its encoder.
         settings: Its configuration: ``scaling_factor`` and ``shift_factor``.
-        offload: Its weights wait in main memory.
+        offload: Where its weights wait in main memory: how they visit the device.
     """
 
-    def __init__(self, vae: nn.Module, settings: Mapping[str, Any], *, offload: bool) -> None:
+    def __init__(
+        self, vae: nn.Module, settings: Mapping[str, Any], *, offload: CpuOffload | None = None
+    ) -> None:
         self.vae = vae
         self.scale, self.shift = latent_scale(settings)
         self.offload = offload
@@ -45,12 +48,7 @@ class LatentEncoder:
 
     def to(self, device: torch.device | str) -> LatentEncoder:
         """Move to ``device``; offloaded weights visit it layer by layer."""
-        if self.offload:
-            from accelerate import cpu_offload
-
-            cpu_offload(self.vae, execution_device=torch.device(device))
-        else:
-            self.vae.to(device)
+        (self.offload or self.vae).to(device)
         self.scale, self.shift = self.scale.to(device), self.shift.to(device)
         return self
 
@@ -130,11 +128,12 @@ def load_encoder(
     dtype = DTYPES[config.precision]
     if dtype == torch.float16 and settings.get("force_upcast", True):
         dtype = torch.float32  # this VAE overflows in half precision, as its configuration says
+    fill(vae, weights, set(found.touched), dtype)
     return LatentEncoder(
-        fill(vae, weights, set(found.touched), dtype),
+        vae,
         # With the defaults of what old files leave out: the scaling factor among them.
         dict(vae.config),
-        offload=config.offload == "cpu",
+        offload=CpuOffload(vae, found.users) if config.offload == "cpu" else None,
     )
 
 

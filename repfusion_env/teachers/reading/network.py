@@ -24,6 +24,7 @@ from repfusion_env.teachers.base import TeacherCard, TeacherError, unknown_layer
 from repfusion_env.teachers.files.quiet import first_line, quiet_diffusers
 from repfusion_env.teachers.files.weight_files import WeightFiles, fill
 from repfusion_env.teachers.reading.noise_process import NoiseProcess
+from repfusion_env.teachers.reading.offload import CpuOffload
 from repfusion_env.teachers.reading.tracing import Shape, ToMap, Trace, plain_map, trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,12 +152,19 @@ class NetworkTeacher:
         self.parameters_all = found.parameters
         self.parameters_used = sum(parameter.numel() for parameter in network.parameters())
         self.batch_size, self.shown_size = config.batch_size, config.image_size
-        self.offload = config.offload == "cpu"
         self.dtype = DTYPES[config.precision]
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        described = (description, layers, config.precision, config.image_size)
+        described = (
+            description,
+            sorted(config.options.items()),
+            layers,
+            config.precision,
+            config.image_size,
+            (process.scale, process.offset),
+        )
         self.fingerprint = _fingerprint(network, encoder, process, described)
         self.network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.offload = CpuOffload(self.network, found.users) if config.offload == "cpu" else None
         self._outputs: dict[str, Tensor] = {}
         self._seen: tuple[int, ...] = plan.input_shape
         deepest = found.last(layers)
@@ -204,18 +212,15 @@ class NetworkTeacher:
         move = getattr(self.plan.run, "to", None)
         if move is not None:
             move(device)
-        if self.offload:
-            from accelerate import cpu_offload
-
-            cpu_offload(self.network, execution_device=device)
-        else:
-            self.network.to(device)
+        (self.offload or self.network).to(device)
         if self.encoder is not None:
             self.encoder.to(device)
         return self
 
     def _read(self, images: Tensor, conditions: Tensor) -> dict[str, Tensor]:
         self._seen = tuple(images.shape[1:])
+        # What a forward that failed has left.
+        self._outputs.clear()
         # Inference mode rather than no_grad: it also skips version counters and view tracking,
         # which the many small operations of a UNet feel.
         with torch.inference_mode(), contextlib.suppress(_Reached):
@@ -293,7 +298,8 @@ def load_network(
 
 def _fingerprint(network: nn.Module, encoder: Any, process: NoiseProcess, description: Any) -> str:
     digest = hashlib.sha256(repr(description).encode())
-    tensors = {**network.state_dict(), "signal": process.signal, "spread": process.spread}
+    told = {"signal": process.signal, "spread": process.spread, "condition": process.condition}
+    tensors = {**network.state_dict(), **told}
     if encoder is not None:
         tensors |= {f"encoder {name}": value for name, value in encoder.vae.state_dict().items()}
     for name, weight in sorted(tensors.items()):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repfusion_env.config import TeacherConfig
 from repfusion_env.teachers.base import TeacherCard, TeacherError
-from repfusion_env.teachers.empty_prompt import empty_prompt
+from repfusion_env.teachers.empty_prompt import check_prompt_files, empty_prompt
 from repfusion_env.teachers.files.model_files import ModelFiles
 from repfusion_env.teachers.files.weight_files import WeightFiles
 from repfusion_env.teachers.reading.family import known_trace
@@ -158,6 +158,8 @@ class LatentTransformer:
                 f"teacher '{self.files.model}': its VAE gives latents of {latents} channels, "
                 f"but its transformer takes {self.channels}"
             )
+        if self.prompt_shapes(1):
+            check_prompt_files(self.files)
         found = self._trace(self.plan())
         return TeacherCard(
             channels=int(vae.get("in_channels", 3)),

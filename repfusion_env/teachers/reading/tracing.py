@@ -29,12 +29,15 @@ class Trace:
         ends: When each of these finishes, counted in finished modules.
         touched: When each parameter or buffer is used first, counted alike.
         sizes: Number of elements of each parameter.
+        users: Parameters and buffers that each module itself uses, by its path ("" is the network);
+            under None what is used outside of any module.
     """
 
     shapes: dict[str, Shape]
     ends: dict[str, int]
     touched: dict[str, int]
     sizes: dict[str, int]
+    users: dict[str | None, set[str]]
 
     @property
     def parameters(self) -> int:
@@ -93,23 +96,42 @@ def trace(
     shapes: dict[str, Shape] = {}
     ends: dict[str, int] = {}
     touched: dict[str, int] = {}
+    users: dict[str | None, set[str]] = {}
+    running: list[str] = []
     finished = 0
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
             self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            # Looking at a weight's dtype or shape is no use of its values.
-            if getattr(function, "__name__", "") != "__get__":
-                for leaf in tree_leaves((args, kwargs)):
-                    if isinstance(leaf, Tensor):
-                        for name in names.get(id(leaf), ()):
-                            touched.setdefault(name, finished)
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+            # Looking at a weight's dtype or shape is no use of its values; `.T` or `.data` is.
+            looks = getattr(function, "__name__", "") == "__get__"
+            if not looks or isinstance(result, Tensor):
+                touch((args, kwargs))
+            return result
+
+    def touch(given: Any) -> None:
+        for leaf in tree_leaves(given):
+            if isinstance(leaf, Tensor):
+                for name in names.get(id(leaf), ()):
+                    touched.setdefault(name, finished)
+                    users.setdefault(running[-1] if running else None, set()).add(name)
+
+    def start(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, *given: Any) -> None:
+            # A weight that is handed to another module has been taken by its caller.
+            touch(given)
+            running.append(name)
+
+        return hook
 
     def note(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             nonlocal finished
+            running.pop()
+            if not name:
+                return
             finished += 1
             result = to_map(output, input_shape)
             if name in ends:
@@ -123,7 +145,12 @@ def trace(
 
     again: set[str] = set()
     handles = [
-        module.register_forward_hook(note(name)) for name, module in network.named_modules() if name
+        handle
+        for name, module in network.named_modules()
+        for handle in (
+            module.register_forward_pre_hook(start(name), with_kwargs=True),
+            module.register_forward_hook(note(name)),
+        )
     ]
     try:
         with torch.inference_mode(), torch.device(device), Watch():
@@ -134,5 +161,9 @@ def trace(
     # Which call of a module that runs several times would be meant?
     once = [name for name in shapes if name not in again]
     return Trace(
-        {name: shapes[name] for name in once}, {name: ends[name] for name in once}, touched, sizes
+        {name: shapes[name] for name in once},
+        {name: ends[name] for name in once},
+        touched,
+        sizes,
+        users,
     )
