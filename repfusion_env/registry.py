@@ -69,13 +69,13 @@ TASKS: dict[str, str] = {
 }
 
 LOSSES: dict[str, str] = {
-    "hint": "repfusion_env.losses.differences:hint",
-    "l1": "repfusion_env.losses.differences:l1",
-    "normalized_l2": "repfusion_env.losses.directions:normalized_l2",
-    "cosine": "repfusion_env.losses.directions:cosine",
+    "hint": "repfusion_env.losses.hint:hint",
+    "l1": "repfusion_env.losses.l1:l1",
+    "normalized_l2": "repfusion_env.losses.normalized_l2:normalized_l2",
+    "cosine": "repfusion_env.losses.cosine:cosine",
     "attention": "repfusion_env.losses.attention:attention_transfer",
-    "rkd_distance": "repfusion_env.losses.rkd:rkd_distance",
-    "rkd_angle": "repfusion_env.losses.rkd:rkd_angle",
+    "rkd_distance": "repfusion_env.losses.rkd_distance:rkd_distance",
+    "rkd_angle": "repfusion_env.losses.rkd_angle:rkd_angle",
     "similarity_preserving": "repfusion_env.losses.similarity_preserving:similarity_preserving",
     "pkt": "repfusion_env.losses.pkt:pkt",
     "correlation_congruence": "repfusion_env.losses.correlation_congruence:correlation_congruence",

@@ -11,10 +11,13 @@ batch, on dense features with the other positions of the same image. ``anchors``
 """
 
 from repfusion_env.losses.attention import attention_transfer
-from repfusion_env.losses.differences import hint, l1
-from repfusion_env.losses.directions import cosine, normalized_l2
+from repfusion_env.losses.cosine import cosine
 from repfusion_env.losses.distillation import DistillationLoss
-from repfusion_env.losses.rkd import rkd_angle, rkd_distance
+from repfusion_env.losses.hint import hint
+from repfusion_env.losses.l1 import l1
+from repfusion_env.losses.normalized_l2 import normalized_l2
+from repfusion_env.losses.rkd_angle import rkd_angle
+from repfusion_env.losses.rkd_distance import rkd_distance
 from repfusion_env.losses.shape import Anchors, FeatureShape
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Differences of the features' directions, whatever their length."""
+"""Squared difference of the features' directions, whatever their length."""
 
 from __future__ import annotations
 
@@ -12,10 +12,4 @@ def normalized_l2(student: Tensor, teacher: Tensor, anchors: Anchors | None = No
     """Squared distance of unit vectors, per position, as in Grill et al., "BYOL", NeurIPS 2020."""
     difference = F.normalize(student, dim=1) - F.normalize(teacher, dim=1)
     distance = difference.square().sum(1)
-    return distance.flatten(1).mean(1) if student.ndim == 4 else distance
-
-
-def cosine(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
-    """One minus the cosine similarity over channels, mean over positions; in [0, 2]."""
-    distance = 1.0 - F.cosine_similarity(student, teacher, dim=1)
     return distance.flatten(1).mean(1) if student.ndim == 4 else distance

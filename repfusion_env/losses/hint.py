@@ -1,4 +1,4 @@
-"""Differences of features, element by element."""
+"""Squared difference of features, element by element."""
 
 from __future__ import annotations
 
@@ -10,8 +10,3 @@ from repfusion_env.losses.shape import Anchors
 def hint(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
     """Mean squared difference. Hints: Romero et al., "FitNets", ICLR 2015, section 2.2."""
     return (student - teacher).square().flatten(1).mean(1)
-
-
-def l1(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
-    """Mean absolute difference, as Kim et al., "Factor Transfer", NeurIPS 2018, take of factors."""
-    return (student - teacher).abs().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Relational knowledge distillation: distances and angles among related points.
+"""Relational knowledge distillation of the distances among points.
 
 Shape letters: G groups of related points, L points, L' others, F feature width.
 """
@@ -26,19 +26,6 @@ def rkd_distance(student: Tensor, teacher: Tensor, anchors: Anchors | None = Non
     return per_sample(huber.mean(-1), student)
 
 
-def rkd_angle(student: Tensor, teacher: Tensor, anchors: Anchors | None = None) -> Tensor:
-    """Huber loss between the cosines of the angles at each sample to all pairs of others.
-
-    Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2. Memory grows with
-    the cube of the number of related points.
-    """
-    points = related(student, teacher, anchors)
-    student_angle = _angles(points[0], points[2])
-    teacher_angle = _angles(points[1], points[3])
-    huber = F.smooth_l1_loss(student_angle, teacher_angle, reduction="none")
-    return per_sample(huber.mean((-1, -2)), student)
-
-
 def _relative_distances(points: Tensor, others: Tensor) -> Tensor:
     """(G, L, F), (G, L', F) -> (G, L, L') distances over the mean distance among the others."""
     distances = _distances(points, others)
@@ -52,9 +39,3 @@ def _distances(points: Tensor, others: Tensor) -> Tensor:
     squared = (points[:, :, None] - others[:, None]).square().sum(-1)
     # The root has no gradient at 0, where a point meets itself.
     return torch.where(squared > TINY, squared.clamp_min(TINY).sqrt(), 0.0)
-
-
-def _angles(points: Tensor, others: Tensor) -> Tensor:
-    """(G, L, F), (G, L', F) -> (G, L, L', L') cosines of the angles at each point."""
-    directions = F.normalize(others[:, None] - points[:, :, None], dim=-1)  # (G, L, L', F)
-    return directions @ directions.transpose(-1, -2)
