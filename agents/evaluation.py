@@ -15,7 +15,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from repfusion_env.actions import arm_actions, build_actions
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.features import chunks

@@ -45,7 +45,7 @@ from benchmarks.timing import (
     ratios,
     spread,
 )
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import check, load_config

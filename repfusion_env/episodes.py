@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 
 
 class Episodes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repfusion_env import fusion_rules
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError
 from repfusion_env.data.bank import ImageBank

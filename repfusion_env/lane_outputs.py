@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.trainer import StepResult
 
 

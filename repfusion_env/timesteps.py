@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 
 
 class TimestepGrid:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repfusion_env import registry
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.device_means import DeviceMeans

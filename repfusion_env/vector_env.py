@@ -19,7 +19,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from repfusion_env.actions import arm_actions, build_actions
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import load_config, merge
 from repfusion_env.devices import refuse_fork

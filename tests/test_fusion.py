@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from repfusion_env import load_config
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.config_loading import ConfigError
 from repfusion_env.frozen import build_frozen_parts
 from repfusion_env.fusion import probe_input

@@ -1,9 +1,9 @@
-"""What an action space is, and what an action means to the trainer.
+"""What an action space is.
 
 Modules of this package import no torch, so that a command can refuse an agent that does not fit an
 action space before anything heavy loads.
 
-Shape letters: N lanes, k timesteps of one target, K grid length, A entries of the masks.
+Shape letters: N lanes, K grid length, A entries of the masks.
 """
 
 from __future__ import annotations
@@ -16,25 +16,11 @@ if TYPE_CHECKING:
     from gymnasium import spaces
     from torch import Tensor
 
+    from repfusion_env.actions.choice import Choice
     from repfusion_env.config import EnvConfig
     from repfusion_env.timesteps import TimestepGrid
 
 Kind = Literal["Discrete", "MultiDiscrete", "Box"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the actions of N lanes chose.
-
-    Attributes:
-        timesteps: (N, k) int64, the timesteps whose features make one target; k is 1 but for sets.
-        indices: (N, k) int64, the grid entries that they are or lie nearest to.
-        layers: (N,) int64 into the teacher's layers, the one that is distilled; None: all of them.
-    """
-
-    timesteps: Tensor
-    indices: Tensor
-    layers: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from gymnasium import spaces
 
-from repfusion_env.actions.base import Arm, Choice, Kind
+from repfusion_env.actions.base import Arm, Kind
+from repfusion_env.actions.choice import Choice
 
 if TYPE_CHECKING:
     from torch import Tensor

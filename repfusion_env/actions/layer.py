@@ -12,7 +12,7 @@ from repfusion_env.actions.base import Arm, Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from repfusion_env.actions.base import Choice
+    from repfusion_env.actions.choice import Choice
     from repfusion_env.config import EnvConfig, ExperimentConfig
     from repfusion_env.timesteps import TimestepGrid
 

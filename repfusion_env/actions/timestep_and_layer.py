@@ -13,7 +13,7 @@ from repfusion_env.actions.layer import one_layer_configured, several_layers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from repfusion_env.actions.base import Choice
+    from repfusion_env.actions.choice import Choice
     from repfusion_env.config import EnvConfig, ExperimentConfig
     from repfusion_env.timesteps import TimestepGrid
 

@@ -14,7 +14,8 @@ from gymnasium import spaces
 
 from repfusion_env import registry
 from repfusion_env.actions import action_kind, arm_actions, build_actions, conflicts, names_of_kinds
-from repfusion_env.actions.base import ActionSpace, Choice
+from repfusion_env.actions.base import ActionSpace
+from repfusion_env.actions.choice import Choice
 from repfusion_env.config_loading import ConfigError, check
 from repfusion_env.lane_inputs import Limits
 from repfusion_env.timesteps import TimestepGrid

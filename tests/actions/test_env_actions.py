@@ -13,7 +13,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.envs import RepFusionEnv, RepFusionVectorEnv
 from repfusion_env.episodes import Decisions
 

@@ -16,7 +16,7 @@ from agents.evaluation import (
     random_actions,
     reward_table,
 )
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.envs import RepFusionVectorEnv
 
 TWO_LAYERS = {"teacher.layers": ["down_blocks.0.resnets.0.conv2", "mid_block.resnets.1.conv2"]}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.code_word import main, measure
-from repfusion_env.actions.base import Choice
+from repfusion_env.actions.choice import Choice
 from repfusion_env.config_loading import load_config
 from repfusion_env.trainer import DistillationTrainer
 
