@@ -48,6 +48,30 @@ def test_a_teacher_computes_on_its_device_and_waits_nowhere(transformer_folder, 
         assert {value.device.type for value in teacher.network.parameters()} == {"cpu"}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_real_device_the_features_are_those_of_the_cpu(transformer_folder, case, offload):
+    model = case if case == "digits" else str(transformer_folder(case))
+    here: Any = load_teacher(TeacherConfig(model=model), device="cpu")
+    there: Any = load_teacher(TeacherConfig(model=model, offload=offload), device="cuda")
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    timesteps, moved = torch.tensor([3, 700]), images.to("cuda")
+    at = timesteps.to("cuda")
+    there.features(there.encode(moved), at)  # the first one selects kernels
+    # Offloaded weights are copied from memory that is not pinned, which waits.
+    torch.cuda.set_sync_debug_mode("error" if offload == "none" else "default")
+    try:
+        found = there.features(there.encode(moved), at)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = here.features(here.encode(images), timesteps)
+    for layer in here.layers:
+        # TF32 and other kernels round otherwise.
+        torch.testing.assert_close(found[layer].cpu(), expected[layer], rtol=0.01, atol=0.01)
+
+
 class Reaching(nn.Module):
     """Uses a weight of its child without calling it, as attentions do, and hands one on."""
 
