@@ -18,10 +18,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.command_line import guarded, parse
+from benchmarks.arguments import add_seeds, check_seeds
 from benchmarks.learning import gain_over, probe
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
@@ -119,14 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Further options are those of agents.train_reinforce: --key value.",
         allow_abbrev=False,
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
+    add_seeds(parser)
     parser.add_argument("--config", default="digits", metavar="FILE", help="default: digits")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything here")
     chosen, others = parser.parse_known_args(argv)
-    if chosen.seeds < 2:
-        parser.error(f"--seeds: {chosen.seeds} given; an interval needs 2 or more")
-    if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
-        parser.error(f"--json: there is no folder '{chosen.json.parent}'")
+    check_seeds(parser, chosen)
 
     def run() -> int:
         command = parse(["--config", chosen.config, *others], prog=PROG, description="")

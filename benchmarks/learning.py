@@ -33,6 +33,7 @@ import numpy as np
 
 from agents.command_line import guarded, parse
 from agents.train_reinforce import conflicts
+from benchmarks.arguments import add_seeds, check_seeds
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import check, merge, to_dict, to_yaml
@@ -265,17 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Further options are those of agents.train_reinforce: --key value.",
         allow_abbrev=False,
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
+    add_seeds(parser)
     parser.add_argument("--config", default="digits", metavar="FILE", help="default: digits")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: 1)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything here")
     chosen, others = parser.parse_known_args(argv)
-    if chosen.seeds < 2:
-        parser.error(f"--seeds: {chosen.seeds} given; an interval needs 2 or more")
-    if chosen.jobs < 1:
-        parser.error(f"--jobs: {chosen.jobs} given; it must be 1 or more")
-    if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
-        parser.error(f"--json: there is no folder '{chosen.json.parent}'")
+    check_seeds(parser, chosen)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

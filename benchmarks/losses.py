@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import add_seeds, check_seeds
 from benchmarks.lookahead import LOSSES
 from repfusion_env.atomic import write_text
 
@@ -119,7 +119,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=SUMMARY)
-    parser.add_argument("--seeds", type=int, default=5, help="students per loss (default: 5)")
+    add_seeds(parser)
     parser.add_argument("--steps", type=int, default=400, help="of 64 lanes (default: 400)")
     parser.add_argument("--jobs", type=int, default=1, help="students at a time (default: 1)")
     parser.add_argument(
@@ -129,18 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--losses", nargs="+", choices=names, default=names, metavar="LOSS", help="which"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every accuracy here")
     chosen = parser.parse_args(argv)
-    if chosen.seeds < 2:
-        parser.error(f"--seeds: {chosen.seeds} given; an interval needs 2 or more")
-    for key in ("steps", "jobs"):
-        if getattr(chosen, key) < 1:
-            parser.error(f"--{key}: {getattr(chosen, key)} given; it must be 1 or more")
+    check_seeds(parser, chosen)
     if chosen.timestep != "random" and chosen.timestep not in map(str, GRID):
         allowed = ", ".join(map(str, GRID))
         parser.error(f"--timestep: {chosen.timestep!r} given; random or one of {allowed}")
-    if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
-        parser.error(f"--json: there is no folder '{chosen.json.parent}'")
     timestep = None if chosen.timestep == "random" else int(chosen.timestep)
     started = time.monotonic()
     accuracies = measure(chosen.losses, chosen.seeds, chosen.steps, timestep, chosen.jobs)

@@ -51,7 +51,7 @@ def load(config: TeacherConfig, *, device: torch.device | str) -> NetworkTeacher
         config = replace(config, precision="fp32")  # it overflows in half precision, as it says
     teacher = load_network(
         plan,
-        lambda: WeightFiles(files.model, files.weights("vae"), current_names(plan)),
+        lambda shapes: WeightFiles(files.model, files.weights("vae"), current_names(shapes)),
         noise_levels(),
         config,
         _card(plan, settings, noise),

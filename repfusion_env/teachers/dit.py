@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repfusion_env.config import TeacherConfig
-from repfusion_env.teachers.base import TeacherCard, TeacherError
+from repfusion_env.teachers.base import TeacherCard
 from repfusion_env.teachers.files.model_files import find_model
 from repfusion_env.teachers.reading.family import no_options, side_of
 from repfusion_env.teachers.reading.network import NetworkTeacher
@@ -50,13 +50,7 @@ def describe(config: TeacherConfig) -> TeacherCard:
 def _transformer(config: TeacherConfig) -> LatentTransformer:
     no_options(config, "dit")
     files = find_model(config.model, config.revision)
-    settings = transformer_settings(files, "dit", KINDS)
-    norm = settings.get("norm_type", "ada_norm_zero")
-    if norm != "ada_norm_zero":
-        raise TeacherError(
-            f"teacher '{config.model}': its transformer has norm_type {norm!r}; "
-            "family 'dit' takes 'ada_norm_zero'"
-        )
+    settings = transformer_settings(files, "dit", KINDS, "ada_norm_zero")
     return LatentTransformer(
         files,
         settings,

@@ -45,7 +45,7 @@ def load(config: TeacherConfig, *, device: torch.device | str) -> NetworkTeacher
     found = known_trace(plan, ["Glow", asdict(settings)])
     return load_network(
         plan,
-        lambda: WeightFiles(files.model, files.weights()),
+        lambda _shapes: WeightFiles(files.model, files.weights()),
         noise_levels(),
         config,
         _card(settings, found),

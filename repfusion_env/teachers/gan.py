@@ -14,7 +14,6 @@ A GAN knows no timesteps: the action's timestep is a noise level on the pixels
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +28,12 @@ from repfusion_env.teachers.files.network_folder import read_settings
 from repfusion_env.teachers.files.weight_files import WeightFiles
 from repfusion_env.teachers.networks.dcgan import DCGAN, PARTS, GanSettings, checkpoint_settings
 from repfusion_env.teachers.reading.family import known_trace, take_options
-from repfusion_env.teachers.reading.network import NetworkTeacher, Plan, load_network
+from repfusion_env.teachers.reading.network import (
+    NetworkTeacher,
+    OpenWeights,
+    Plan,
+    load_network,
+)
 from repfusion_env.teachers.reading.noise_process import noise_levels
 from repfusion_env.teachers.reading.tracing import Trace
 
@@ -43,7 +47,7 @@ class _Source:
     model: str
     settings: GanSettings
     part: str
-    weights: Callable[[], WeightFiles]
+    weights: OpenWeights
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -138,7 +142,7 @@ def _open(config: TeacherConfig) -> _Source:
         f"{name}." for name in PARTS if name != part and (part, name) != ("generator", "encoder")
     )
 
-    def weights() -> WeightFiles:
+    def weights(_shapes: object) -> WeightFiles:
         return WeightFiles(
             files.model, files.weights(), lambda name: "" if name.startswith(left_out) else name
         )
@@ -168,7 +172,7 @@ def _checkpoint(config: TeacherConfig, files: ModelFiles, part: str) -> _Source:
         files.model,
         settings,
         part,
-        lambda: WeightFiles(files.model, paths, lambda name: f"discriminator.{name}"),
+        lambda _shapes: WeightFiles(files.model, paths, lambda name: f"discriminator.{name}"),
     )
 
 

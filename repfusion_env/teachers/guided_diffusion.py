@@ -110,9 +110,7 @@ class _Checkpoint:
     def heads(self, width: int) -> int:
         return _heads(self.options, width)
 
-    def convert(self) -> GuidedWeights:
-        network = self.plan.on_meta().state_dict()
-        shapes = {name: tuple(value.shape) for name, value in network.items()}
+    def convert(self, shapes: Mapping[str, tuple[int, ...]]) -> GuidedWeights:
         self.weights.convert(shapes, self.heads, self.options["attention_order"])
         return self.weights
 
@@ -330,7 +328,8 @@ def write_folder(config: TeacherConfig, folder: Path) -> None:
         )
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} already holds a model")
-    weights = checkpoint.convert()
+    network = checkpoint.plan.on_meta().state_dict()
+    weights = checkpoint.convert({name: tuple(value.shape) for name, value in network.items()})
     tensors = {name: weights.read(name).contiguous().clone() for name in weights.shapes}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "diffusion_pytorch_model.safetensors") as file:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repfusion_env.config import TeacherConfig
-from repfusion_env.teachers.base import TeacherCard, TeacherError
+from repfusion_env.teachers.base import TeacherCard
 from repfusion_env.teachers.files.model_files import find_model
 from repfusion_env.teachers.reading.family import no_options, side_of
 from repfusion_env.teachers.reading.latents import vae_factor, vae_settings
@@ -55,13 +55,7 @@ def describe(config: TeacherConfig) -> TeacherCard:
 def _transformer(config: TeacherConfig) -> LatentTransformer:
     no_options(config, "pixart")
     files = find_model(config.model, config.revision)
-    settings = transformer_settings(files, "pixart", KINDS)
-    norm = settings.get("norm_type", "ada_norm_single")
-    if norm != "ada_norm_single":
-        raise TeacherError(
-            f"teacher '{config.model}': its transformer has norm_type {norm!r}; "
-            "family 'pixart' takes 'ada_norm_single'"
-        )
+    settings = transformer_settings(files, "pixart", KINDS, "ada_norm_single")
     heads = positive(files, settings, "num_attention_heads", 16)
     width = heads * positive(files, settings, "attention_head_dim", 72)
     # Without a projection of its own, the caption comes in the width of the image tokens.

@@ -95,7 +95,7 @@ def load(config: TeacherConfig, *, device: torch.device | str) -> NetworkTeacher
     plan, facts = _plan(files.model, settings)
     found = _trace(plan, facts, settings)
 
-    def weights() -> WeightFiles:
+    def weights(_shapes: object) -> WeightFiles:
         return WeightFiles(
             files.model,
             files.weights(),

@@ -23,6 +23,8 @@ from repfusion_env.teachers.reading.family import known_trace, no_options, side_
 from repfusion_env.teachers.reading.network import NetworkTeacher, Plan, load_network
 from repfusion_env.teachers.reading.noise_process import NoiseProcess, process_of
 
+# As many as a config.json has that does not say.
+DEFAULT_LEVELS = range(4)
 DEFAULT_LAYERS = ("mid_block.resnets.1.conv2", "down_blocks.0.resnets.0")
 
 
@@ -49,31 +51,20 @@ def describe(config: TeacherConfig) -> TeacherCard:
     return describe_unet(files, process_of(files.scheduler(), config.model))
 
 
-def load_unet(
-    config: TeacherConfig,
-    files: ModelFiles,
-    process: NoiseProcess,
-    weights: WeightFiles | None = None,
-) -> NetworkTeacher:
+def load_unet(config: TeacherConfig, files: ModelFiles, process: NoiseProcess) -> NetworkTeacher:
     """A ``UNet2DModel`` under a given noise process.
 
     Args:
         config: Layers, precision, memory.
         files: Where its configuration is.
         process: Its noise process.
-        weights: Default: those beside its configuration.
     """
     unet = files.config("unet")
     plan = unet_plan(files.model, unet, process)
     found = known_trace(plan, unet)
-
-    def open_weights() -> WeightFiles:
-        names = current_names(plan)
-        return weights or WeightFiles(files.model, files.weights("unet"), names)
-
     return load_network(
         plan,
-        open_weights,
+        lambda shapes: WeightFiles(files.model, files.weights("unet"), current_names(shapes)),
         process,
         config,
         describe_unet(files, process),
@@ -93,7 +84,7 @@ def describe_unet(files: ModelFiles, process: NoiseProcess) -> TeacherCard:
         image_size=plan.input_shape[1],
         num_timesteps=len(process),
         layers_available=tuple(found.shapes),
-        side_divisor=2 ** (len(unet.get("down_block_types", "....")) - 1),
+        side_divisor=2 ** (len(unet.get("down_block_types", DEFAULT_LEVELS)) - 1),
         default_layers=(default,),
         trace=found,
     )

@@ -157,7 +157,9 @@ class _Denoiser:
         plan = self.plan(prompt)
         return load_network(
             plan,
-            lambda: WeightFiles(self.files.model, self.files.weights("unet"), current_names(plan)),
+            lambda shapes: WeightFiles(
+                self.files.model, self.files.weights("unet"), current_names(shapes)
+            ),
             self.process,
             config,
             card,

@@ -210,7 +210,7 @@ def own_teacher(path: Path, build: Any, *layers: str) -> NetworkTeacher:
     found = plan.trace()
     card = TeacherCard(3, 4, 1000, tuple(found.shapes))
     config = TeacherConfig(layers=layers)
-    weights = lambda: WeightFiles("own", [path])  # noqa: E731
+    weights = lambda _shapes: WeightFiles("own", [path])  # noqa: E731
     return load_network(plan, weights, noise_levels(), config, card, found)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import cache
 
 from repfusion_env.teachers.files.weight_files import Rename
-from repfusion_env.teachers.reading.network import Plan
 
 # The projections of the attention block of 2022, which many models on the hub still name.
 _PAIRS = {
@@ -16,13 +16,12 @@ _PAIRS = {
 }
 
 
-def current_names(plan: Plan) -> Rename:
+def current_names(known: Container[str]) -> Rename:
     """From the names of an old file to those that diffusers' network has today.
 
     Args:
-        plan: Of the network; a name that it has is left alone.
+        known: Names of the network's weights; a name that it has is left alone.
     """
-    known = frozenset(plan.on_meta().state_dict())
 
     @cache
     def rename(name: str) -> str:

@@ -6,7 +6,7 @@ Shape letters: N lanes, C,H,W image, c,h,w latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,9 @@ from repfusion_env.config import TeacherConfig
 from repfusion_env.teachers.base import TeacherError
 from repfusion_env.teachers.files.attention_names import current_names
 from repfusion_env.teachers.files.model_files import ModelFiles
-from repfusion_env.teachers.files.weight_files import WeightFiles, fill
+from repfusion_env.teachers.files.weight_files import WeightFiles
 from repfusion_env.teachers.reading.family import known_trace
-from repfusion_env.teachers.reading.network import DTYPES, Plan
+from repfusion_env.teachers.reading.network import DTYPES, Plan, filled
 from repfusion_env.teachers.reading.offload import CpuOffload
 
 
@@ -122,13 +122,14 @@ def load_encoder(
     settings = vae_settings(files) if settings is None else settings
     plan = vae_plan(files.model, settings)
     found = known_trace(plan, settings)
-    weights = WeightFiles(files.model, files.weights("vae"), current_names(plan))
-    vae: Any = plan.empty()
-    weights.check({name: tuple(value.shape) for name, value in vae.state_dict().items()})
     dtype = DTYPES[config.precision]
     if dtype == torch.float16 and settings.get("force_upcast", True):
         dtype = torch.float32  # this VAE overflows in half precision, as its configuration says
-    fill(vae, weights, set(found.touched), dtype)
+
+    def open_weights(shapes: Container[str]) -> WeightFiles:
+        return WeightFiles(files.model, files.weights("vae"), current_names(shapes))
+
+    vae: Any = filled(plan, open_weights, found.touched, dtype)
     return LatentEncoder(
         vae,
         # With the defaults of what old files leave out: the scaling factor among them.

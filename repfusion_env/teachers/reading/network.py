@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from repfusion_env.teachers.reading.noise_process import NoiseProcess
 from repfusion_env.teachers.reading.offload import CpuOffload
 from repfusion_env.teachers.reading.tracing import Shape, ToMap, Trace, plain_map, trace
 
+# From the shapes of a network's weights by name to the files that hold them.
+OpenWeights = Callable[[Mapping[str, tuple[int, ...]]], WeightFiles]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -249,9 +251,28 @@ class NetworkTeacher:
         return hook
 
 
+def filled(plan: Plan, files: OpenWeights, needed: Iterable[str], dtype: torch.dtype) -> nn.Module:
+    """A network with the weights that are needed, and no memory for the others.
+
+    Args:
+        plan: Of the network.
+        files: Opens its weights, by the shapes that the network has.
+        needed: Names of the parameters and buffers to read.
+        dtype: Of the floating-point parameters.
+
+    Raises:
+        TeacherError: The weights are damaged or another network's.
+    """
+    network = plan.empty()
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    weights = files(shapes)
+    weights.check(shapes)
+    return fill(network, weights, needed, dtype)
+
+
 def load_network(
     plan: Plan,
-    files: Callable[[], WeightFiles],
+    files: OpenWeights,
     process: NoiseProcess,
     config: TeacherConfig,
     card: TeacherCard,
@@ -264,7 +285,7 @@ def load_network(
 
     Args:
         plan: Of the network.
-        files: Opens its weights.
+        files: Opens its weights, by the shapes that the network has.
         process: Its noise process.
         config: Layers (none: those of the card), precision, memory.
         card: What it takes.
@@ -279,13 +300,9 @@ def load_network(
     problems = unknown_layers(layers, found.shapes)
     if problems:
         raise TeacherError(f"teacher '{config.model}': {problems[0]}")
-    network = plan.empty()
-    weights = files()
-    weights.check({name: tuple(value.shape) for name, value in network.state_dict().items()})
-    fill(network, weights, found.needed(layers), DTYPES[config.precision])
     return NetworkTeacher(
         plan,
-        network,
+        filled(plan, files, found.needed(layers), DTYPES[config.precision]),
         process,
         config,
         layers=tuple(layers),

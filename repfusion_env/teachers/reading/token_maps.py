@@ -46,16 +46,19 @@ def token_map(output: Any, latents: tuple[int, ...], *, patch: int) -> Tensor | 
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-def transformer_settings(files: ModelFiles, family: str, kinds: Sequence[str]) -> dict[str, Any]:
+def transformer_settings(
+    files: ModelFiles, family: str, kinds: Sequence[str], norm: str | None = None
+) -> dict[str, Any]:
     """The configuration of a model's transformer.
 
     Args:
         files: Of the model.
         family: For the message.
         kinds: Names of the classes that the family takes.
+        norm: The ``norm_type`` that it takes, where one class serves several families.
 
     Raises:
-        TeacherError: There is none, or it is of another class.
+        TeacherError: There is none, or it is of another class or norm.
     """
     settings = files.config("transformer")
     kind: Any = settings.get("_class_name")
@@ -63,6 +66,12 @@ def transformer_settings(files: ModelFiles, family: str, kinds: Sequence[str]) -
         raise TeacherError(
             f"teacher '{files.model}' is a {kind or 'model of unknown class'}; "
             f"family '{family}' takes a {' or '.join(kinds)}"
+        )
+    found = settings.get("norm_type", norm)
+    if norm is not None and found != norm:
+        raise TeacherError(
+            f"teacher '{files.model}': its transformer has norm_type {found!r}; "
+            f"family '{family}' takes '{norm}'"
         )
     return settings
 
@@ -191,7 +200,7 @@ class LatentTransformer:
         described = [self.settings, vae_settings(self.files), digest(embeddings)]
         return load_network(
             replace(plan, run=PromptedRun(self.run, embeddings)),
-            lambda: WeightFiles(self.files.model, self.files.weights("transformer")),
+            lambda _shapes: WeightFiles(self.files.model, self.files.weights("transformer")),
             self.process,
             config,
             card,
