@@ -60,7 +60,9 @@ class TeacherConfig:
 
     shorthand: ClassVar[str] = "model"
     family: StrictStr = option(
-        "auto", "auto: by the model's files; or a family's name, or your own as module:function"
+        "auto",
+        "auto: by the model's files; unet2d, edm, guided_diffusion, unet2d_condition, dit, pixart, "
+        "sd3, flux, autoencoder_kl, gan, flow, timm, or your own as module:function",
     )
     model: StrictStr = option("digits", "digits (shipped), a local folder or file, or a hub id")
     revision: StrictStr | None = option(None, "commit, tag or branch of the hub repository")
@@ -249,7 +251,9 @@ class EnvConfig:
     episode_length: Count = option(1, "decisions per episode; 1 is a contextual bandit")
     group_size: Count = option(1, "neighbouring lanes that hold the same image")
     action: StrictStr = option(
-        "discrete", "what an action chooses: discrete (a timestep of the grid), continuous, ..."
+        "discrete",
+        "what an action chooses: discrete, continuous, continuous_timestep, layer, "
+        "timestep_and_layer, timestep_set, or your own as module:class",
     )
     set_size: Count = option(3, "timesteps of one action under env.action timestep_set")
 
