@@ -252,6 +252,7 @@ def train_steps(
                     batch_size=arguments["batch_size"],
                     flip=arguments["flip"],
                     generator=step_generator(arguments["seed"], step, bank.device),
+                    precision=arguments["precision"],
                 )
                 training.optimizer.zero_grad(set_to_none=True)
                 loss.backward()

@@ -15,10 +15,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from repfusion_env.config import TeacherConfig
+from repfusion_env.config import DataConfig, TeacherConfig
+from repfusion_env.data import load_data
 from repfusion_env.teachers import load_teacher
 from repfusion_env.teachers.train import main
-from repfusion_env.teachers.training.denoising import image_grid, learning_rate, update_average
+from repfusion_env.teachers.training.denoising import (
+    build_scheduler,
+    build_unet,
+    denoising_loss,
+    image_grid,
+    learning_rate,
+    step_generator,
+    update_average,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = [
@@ -176,6 +185,38 @@ def test_wrong_use_is_refused_in_one_sentence(trained, tmp_path, capsys):
     assert "Did you mean 'digits'?" in refusal(capsys, *out, "--data.name", "digit")
     assert "allowed: auto, cpu, cuda" in refusal(capsys, *out, "--device", "gpu")
     assert not (tmp_path / "new").exists()
+
+
+def test_bf16_trains_the_same_fp32_weights_with_coarser_arithmetic():
+    bank, _ = load_data(DataConfig(train_limit=32))
+    unet = build_unet(
+        bank.shape,
+        widths=[8, 8],
+        layers_per_block=1,
+        attention_levels=[],
+        norm_groups=2,
+        attention_head_dim=None,
+    )
+    losses, gradients = {}, {}
+    for precision in ("fp32", "bf16"):
+        unet.zero_grad()
+        loss = denoising_loss(
+            unet,
+            build_scheduler(100),
+            bank,
+            batch_size=16,
+            flip=False,
+            generator=step_generator(0, 0, bank.device),
+            precision=precision,
+        )
+        loss.backward()
+        losses[precision] = loss.item()
+        gradients[precision] = torch.cat([p.grad.flatten() for p in unet.parameters()])
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
+    assert gradients["bf16"].dtype == torch.float32
+    angle = torch.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0)
+    assert angle > 0.98
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():

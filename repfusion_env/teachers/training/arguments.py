@@ -71,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
     option("--ema", type=decay, default=0.999, metavar="X", help="decay of the averaged weights")
     option("--seed", type=index, default=0, metavar="N", help="of weights, image order and noise")
     option(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the arithmetic; the weights are trained in fp32 either way",
+    )
+    option(
         "--device", type=_device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:INDEX"
     )
 

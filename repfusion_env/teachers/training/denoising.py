@@ -114,8 +114,12 @@ def denoising_loss(
     batch_size: int,
     flip: bool,
     generator: torch.Generator,
+    precision: str = "fp32",
 ) -> Tensor:
-    """Mean squared error of the predicted noise on one random batch (Ho et al., 2020, eq. 14)."""
+    """Mean squared error of the predicted noise on one random batch (Ho et al., 2020, eq. 14).
+
+    The network runs in ``precision``, ``fp32`` or ``bf16``; the error is taken in fp32.
+    """
     device = bank.device
 
     def draw(high: int) -> Tensor:
@@ -128,7 +132,9 @@ def denoising_loss(
     timesteps = draw(scheduler.config.num_train_timesteps)
     noise = torch.randn(images.shape, generator=generator, device=device)
     noisy = scheduler.add_noise(images, noise, timesteps)
-    return mse_loss(unet(noisy, timesteps).sample, noise)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        predicted = unet(noisy, timesteps).sample
+    return mse_loss(predicted.float(), noise)
 
 
 def update_average(average: nn.Module, unet: nn.Module, *, decay: float, step: int) -> None:
