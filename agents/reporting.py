@@ -50,6 +50,7 @@ def report(
         "decisions": decisions,
         "decisions_per_second": decisions / seconds,
         "seconds": seconds,
+        "teacher_evaluations": teacher_evaluations(env, found.timesteps.shape[1], decisions),
     }
     if found.layers is not None:
         shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
@@ -58,6 +59,27 @@ def report(
     run.write_summary(summary)
     _print(run, found, summary)
     return summary
+
+
+def teacher_evaluations(env: RepFusionVectorEnv, timesteps: int, decisions: int) -> dict[str, int]:
+    """Images that went through the teacher's network for a run; those of its evaluation not.
+
+    Args:
+        env: Where the run trained.
+        timesteps: k, of one decision.
+        decisions: Made in all.
+
+    Returns:
+        ``setup``: the feature statistics, and the embedding that the agent sees; ``training``.
+    """
+    config, train = env.config, len(env.trainer.parts.train)
+    points = {*env.grid.timesteps, *config.fusion.timesteps}
+    images = min(config.teacher.standardize_images, train)
+    whole = config.teacher.standardize == "grid"
+    setup = images if whole else len(points) * images
+    if config.observation.source == "teacher":
+        setup += train
+    return {"setup": setup, "training": decisions * (timesteps + len(config.fusion.timesteps))}
 
 
 def log_evaluation(run: Run, step: int, decisions: int, found: Evaluation) -> None:

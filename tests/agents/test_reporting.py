@@ -13,11 +13,12 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluation import evaluate, linear_probe_accuracy
-from agents.reporting import log_evaluation
+from agents.reporting import log_evaluation, teacher_evaluations
 from agents.train_reinforce import main
 from repfusion_env.config_loading import load_config
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.runs import Run
+from repfusion_env.teachers.reading.network import NetworkTeacher
 
 
 @pytest.fixture
@@ -125,3 +126,29 @@ def test_an_evaluation_is_logged_once_for_each_step(tiny: dict[str, Any], tmp_pa
         metrics = run.metrics()
     assert metrics["step"].tolist() == [5, 5, 10]
     assert metrics["evaluation/learned_reward"][1:] == pytest.approx([found.learned] * 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher.standardize_images": 5},
+        {"teacher.standardize": "grid", "observation.source": "pixels", "reinforce.network": "cnn"},
+        {"env.action": "timestep_set", "env.set_size": 2, "fusion.timesteps": [7]},
+    ],
+)
+def test_teacher_evaluations_are_the_images_that_its_network_saw(changes, monkeypatch):
+    seen: list[int] = []
+    network = NetworkTeacher.features
+
+    def counted(self, images, timesteps):
+        seen.append(len(images))
+        return network(self, images, timesteps)
+
+    monkeypatch.setattr(NetworkTeacher, "features", counted)
+    env = RepFusionVectorEnv(config={"data.train_limit": 40, "env.num_envs": 8, **changes})
+    env.reset(seed=0)
+    setup = sum(seen)
+    _, _, _, _, info = env.step(env.action_space.sample())
+    timesteps = info["timestep"].reshape(8, -1).shape[1]
+    told = teacher_evaluations(env, timesteps, decisions=8)
+    assert told == {"setup": setup, "training": sum(seen) - setup}
