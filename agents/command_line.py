@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +31,30 @@ from repfusion_env.runs import name_problem
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
+# By the agent's family; all other agents are those of SB3.
+SCRIPTS = {
+    "reinforce": "train_reinforce",
+    "bandit": "train_bandit",
+    "control": "train_control",
+}
+
+
+@dataclass(frozen=True)
+class OwnOption:
+    """An option that one command has beside the keys of the configuration; kept with the run.
+
+    Attributes:
+        metavar: What its value is called; ``BOOL`` may stand without one and is then true.
+        help: For ``--help``.
+        default: Without the option; None: it must be given.
+        check: What is wrong with a value, as the end of a sentence; None where nothing is.
+    """
+
+    metavar: str
+    help: str
+    default: str | None
+    check: Callable[[str], str | None]
+
 
 @dataclass(frozen=True)
 class Command:
@@ -40,11 +64,13 @@ class Command:
         config: The checked configuration; None with ``--resume``.
         label: Name of the configuration, for the run folder.
         resume: Run folder to go on with, or None.
+        settings: Values of the command's own options; empty with ``--resume``.
     """
 
     config: ExperimentConfig | None
     label: str
     resume: Path | None
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def parse(
@@ -56,6 +82,7 @@ def parse(
     aliases: dict[str, str] | None = None,
     conflicts: Callable[[ExperimentConfig], list[str]] = lambda config: [],
     hidden: Sequence[str] = (),
+    own: Mapping[str, OwnOption] | None = None,
 ) -> Command:
     """Read the command line and refuse at once what cannot be run.
 
@@ -68,6 +95,7 @@ def parse(
         conflicts: What the command itself cannot do with a configuration, a sentence each.
         hidden: Sections of the configuration that do not concern the command; its help is silent
             about them.
+        own: The command's own options by name.
 
     Raises:
         ConfigError: With everything that is wrong, one sentence each.
@@ -78,7 +106,7 @@ def parse(
     if chosen.help:
         base = read_config_file(chosen.config or default_config)
         name = chosen.config or default_config
-        _help(prog, description, base, name, aliases or {}, hidden).print_help()
+        _help(prog, description, base, name, aliases or {}, hidden, own or {}).print_help()
         raise SystemExit(0)
     if chosen.resume is not None:
         if others or chosen.config:
@@ -88,7 +116,8 @@ def parse(
         return Command(None, "", Path(chosen.resume))
     name = chosen.config or default_config
     problems: list[str] = []
-    overrides = _overrides(others, aliases or {}, problems)
+    overrides = _overrides(others, aliases or {}, own or {}, problems)
+    settings = _settings(overrides, own or {}, problems)
     try:
         config = check(merge(read_config_file(name), overrides))
     except ConfigError as error:
@@ -99,7 +128,7 @@ def parse(
         problems.append(taken)
     if problems:
         raise ConfigError(problems)
-    return Command(config, _label(Path(name)), None)
+    return Command(config, _label(Path(name)), None, settings)
 
 
 def guarded(main: Callable[[], int], prog: str) -> int:
@@ -133,6 +162,11 @@ def _is_ours(error: ValueError) -> bool:
     return module.split(".")[0] in ("repfusion_env", "agents", "students", "__main__")
 
 
+def script_of(agent: str) -> str:
+    """Name of the command that trains ``agent``, e.g. ``control-simclr``."""
+    return SCRIPTS.get(agent.partition("-")[0], "train_sb3")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Said as all other problems are, without the usage."""
@@ -156,12 +190,33 @@ def _essentials(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _settings(
+    overrides: dict[str, Any], own: Mapping[str, OwnOption], problems: list[str]
+) -> dict[str, str]:
+    """Take the command's own options out of ``overrides`` and check them."""
+    settings: dict[str, str] = {}
+    for name, option in own.items():
+        value = overrides.pop(name, option.default)
+        if value is None:
+            problems.append(f"--{name}: it must be given; {option.help}")
+            continue
+        problem = option.check(value)
+        if problem is not None:
+            problems.append(f"--{name}: {problem}")
+        else:
+            settings[name] = value
+    return settings
+
+
 def _overrides(
-    arguments: list[str], aliases: dict[str, str], problems: list[str]
+    arguments: list[str],
+    aliases: dict[str, str],
+    own: Mapping[str, OwnOption],
+    problems: list[str],
 ) -> dict[str, Any]:
     """``--key value`` and ``--key=value`` pairs as dotted overrides."""
     kinds = {name: kind for name, _, kind in options()}
-    allowed = [*kinds, *sections(), *aliases, "config", "resume", "help"]
+    allowed = [*kinds, *sections(), *aliases, *own, "config", "resume", "help"]
     overrides: dict[str, Any] = {}
     position = 0
     while position < len(arguments):
@@ -172,12 +227,14 @@ def _overrides(
             continue
         given, equals, text = word[2:].partition("=")
         key = aliases.get(given, given)
-        known = key in kinds or key in sections() or _is_entry(key, kinds)
+        known = key in kinds or key in sections() or _is_entry(key, kinds) or key in own
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):
                 text = arguments[position]
                 position += 1
-            elif known and kinds.get(key) is not None and _is_switch(kinds[key]):
+            elif (key in kinds and _is_switch(kinds[key])) or (
+                key in own and own[key].metavar == "BOOL"
+            ):
                 text = "true"
             elif known:
                 problems.append(f"--{given}: a value is missing")
@@ -186,7 +243,7 @@ def _overrides(
             problems.append(f"--{given}: there is no such option.{did_you_mean(given, allowed)}")
             continue
         try:
-            overrides[key] = _value(text, kinds.get(key))
+            overrides[key] = text if key in own else _value(text, kinds.get(key))
         except yaml.YAMLError:
             problems.append(f"--{given}: '{text}' is not valid YAML")
     return overrides
@@ -225,10 +282,13 @@ def _help(
     name: str,
     aliases: dict[str, str],
     hidden: Sequence[str],
+    own: Mapping[str, OwnOption],
 ) -> argparse.ArgumentParser:
+    needed = "".join(f"--{key} {o.metavar} " for key, o in own.items() if o.default is None)
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"python -m agents.{prog} [--config FILE] [--resume RUN_DIR] [--key value ...]",
+        usage=f"python -m agents.{prog} {needed}[--config FILE] [--resume RUN_DIR] "
+        "[--key value ...]",
         description=description,
         add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
@@ -242,6 +302,10 @@ def _help(
     general.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     general.add_argument("--config", metavar="FILE", help=f"configuration (default: {name})")
     general.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run")
+    for key, item in own.items():
+        shown = "" if item.default is None else f" (default: {item.default})"
+        text = f"{item.help}{shown}".replace("%", "%%")
+        general.add_argument(f"--{key}", metavar=item.metavar, help=text)
     config = check(base)
     nested = sections()
     groups = {
@@ -250,13 +314,13 @@ def _help(
         if section not in hidden
     }
     short = {key: alias for alias, key in aliases.items()}
-    for path, item, kind in options():
+    for path, entry, kind in options():
         section, _, key = path.rpartition(".")
         if section in hidden:
             continue
         holder = getattr(config, section) if section else config
         shown = _as_yaml(getattr(holder, key))
-        text = f"{item.metadata.get('help', '')} (default: {shown})".replace("%", "%%")
+        text = f"{entry.metadata.get('help', '')} (default: {shown})".replace("%", "%%")
         names = [f"--{path}"] + ([f"--{short[path]}"] if path in short else [])
         group = groups[section] if section else general
         group.add_argument(*names, metavar=_metavar(kind), help=text)

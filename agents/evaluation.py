@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -228,10 +229,37 @@ def _counts(choice: Choice, arms: Choice, which: np.ndarray | None) -> np.ndarra
     return chosen[entries[:, 0]] if len(set(entries[:, 0])) == count else None
 
 
-def linear_probe_accuracy(trainer: DistillationTrainer, train_images: int) -> float:
+class Banks(Protocol):
+    """Images that a student learned from, and others."""
+
+    @property
+    def train(self) -> ImageBank: ...
+
+    @property
+    def heldout(self) -> ImageBank: ...
+
+
+class Embedder(Protocol):
+    """Whatever trains a student, with a teacher or without one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def parts(self) -> Banks: ...
+
+    @property
+    def evaluation_student(self) -> Any: ...
+
+    def embed(self, images: Tensor, student: Any = None) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_probe_accuracy(trainer: Embedder, train_images: int) -> float:
     """Held-out accuracy of a logistic regression on the student's frozen features.
 
     Features (M, S) are pooled and standardised; L2-regularised with scikit-learn's default C = 1.
+    Labels are the given ones, also where the student learned from clusters (``data.labels``); of
+    images that came without labels they are the clusters.
 
     Args:
         trainer: Whose student is probed (the averaged one where there is one).
@@ -241,15 +269,13 @@ def linear_probe_accuracy(trainer: DistillationTrainer, train_images: int) -> fl
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train, heldout = trainer.parts.train, trainer.parts.heldout
+    train, heldout = trainer.parts.train.judged, trainer.parts.heldout.judged
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     probe.fit(*_features(trainer, train, min(train_images, len(train))))
     return float(probe.score(*_features(trainer, heldout, len(heldout))))
 
 
-def _features(
-    trainer: DistillationTrainer, bank: ImageBank, images: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _features(trainer: Embedder, bank: ImageBank, images: int) -> tuple[np.ndarray, np.ndarray]:
     ids = torch.arange(images, device=trainer.device)
     pooled = [
         trainer.embed(bank.pixels(part), trainer.evaluation_student)[1] for part in chunks(ids)

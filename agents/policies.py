@@ -20,7 +20,7 @@ CLOSED_LOGIT = -1e9
 
 def make_network(
     observation_shape: tuple[int, ...], outputs: int, config: ReinforceConfig
-) -> nn.Module:
+) -> nn.Sequential:
     """An MLP on embeddings or a small CNN on pixels.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.command_line import script_of
 from agents.evaluation import Evaluation, linear_probe_accuracy
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
@@ -52,6 +53,8 @@ def report(
         "seconds": seconds,
         "teacher_evaluations": teacher_evaluations(env, found.timesteps.shape[1], decisions),
     }
+    if run.config.data.labels == "clusters" and env.trainer.parts.train.given is None:
+        summary["student"]["probe_labels"] = "clusters"  # there are no others
     if found.layers is not None:
         shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
         summary["layer"] = dict(zip(found.layer_names, shares.tolist(), strict=True))
@@ -70,7 +73,8 @@ def teacher_evaluations(env: RepFusionVectorEnv, timesteps: int, decisions: int)
         decisions: Made in all.
 
     Returns:
-        ``setup``: the feature statistics, and the embedding that the agent sees; ``training``.
+        ``setup``: the feature statistics, the clusters that are labels, and the embedding that the
+        agent sees; ``training``.
     """
     config, train = env.config, len(env.trainer.parts.train)
     points = {*env.grid.timesteps, *config.fusion.timesteps}
@@ -79,6 +83,8 @@ def teacher_evaluations(env: RepFusionVectorEnv, timesteps: int, decisions: int)
     setup = images if whole else len(points) * images
     if config.observation.source == "teacher":
         setup += train
+    if config.data.labels == "clusters":
+        setup += train + len(env.trainer.parts.heldout)
     return {"setup": setup, "training": decisions * (timesteps + len(config.fusion.timesteps))}
 
 
@@ -162,12 +168,13 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
     if len(shown) < len(order):
         table.caption = f"the best {len(shown)} of {len(order)}; all are in summary.json"
     console.print(table)
-    script = "train_reinforce" if run.agent == "reinforce" else "train_sb3"
-    again = f"python -m agents.{script} --config {shlex.quote(str(run.folder / 'config.yaml'))}"
+    config = shlex.quote(str(run.folder / "config.yaml"))
+    again = f"python -m agents.{script_of(run.agent)} --config {config}"
     if run.config.run.name is not None:
         again += " --run.name null"  # that name is taken
     lines = {
-        "student": f"linear probe accuracy {summary['student']['linear_probe_accuracy']:.1%}",
+        "student": f"linear probe accuracy {summary['student']['linear_probe_accuracy']:.1%}"
+        f"{' (of clusters)' if 'probe_labels' in summary['student'] else ''}",
         "speed": f"{summary['decisions_per_second']:,.0f} decisions/s, {summary['seconds']:.0f} s",
         "run": f"{run.folder}  (summary.json, summary.png, student.safetensors, metrics.jsonl)",
         "curves": f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}",

@@ -10,14 +10,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from agents.command_line import INTERRUPTED, Command
+from agents.command_line import INTERRUPTED, Command, script_of
 from agents.evaluation import Chooser, evaluate
 from agents.reporting import log_evaluation, report
 from repfusion_env.checkpoint import CheckpointError, CheckpointWarning
@@ -35,23 +35,25 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM arrived, and everything has been saved."""
 
 
-class Session:
-    """What an agent's training loop needs around it.
+class BaseSession:
+    """What any training loop needs around it.
 
     Attributes:
         run: The run folder.
         config: The run's configuration.
-        env: The vector environment that trains.
         restored: (step, state) of the checkpoint to go on from, or None.
         interrupted: Whether the user asked to stop; the next save ends the session.
     """
 
-    def __init__(
-        self, run: Run, env: RepFusionVectorEnv, restored: tuple[int, dict[str, Any]] | None
-    ) -> None:
+    @staticmethod
+    def build(config: ExperimentConfig, settings: Mapping[str, str]) -> Any:
+        """Load and check all that is trained, before there is a run folder."""
+        raise NotImplementedError
+
+    def __init__(self, run: Run, built: Any, restored: tuple[int, dict[str, Any]] | None) -> None:
+        """Go on with ``run`` after ``restored``; ``built`` is what :meth:`build` gave."""
         self.run = run
         self.config: ExperimentConfig = run.config
-        self.env = env
         self.restored = restored
         self.interrupted = False
         self._spent_before = float(restored[1]["seconds"]) if restored else 0.0
@@ -66,7 +68,7 @@ class Session:
 
     def decisions(self, step: int) -> int:
         """Decisions made after ``step`` steps of all lanes."""
-        return step * self.env.num_envs
+        return step * self.config.env.num_envs
 
     @contextmanager
     def progress(self, step: int) -> Iterator[Progress]:
@@ -93,13 +95,47 @@ class Session:
         """Whether a multiple of ``every`` lies in (step - advance, step]."""
         return step // every > (step - advance) // every
 
-    def log(self, step: int, progress: Progress, extra: dict[str, float]) -> None:
-        """Read the device's metrics and write one row under the tags all agents share."""
-        metrics = self.env.drain_metrics() | extra
+    def speed(self, step: int) -> dict[str, float]:
+        """Decisions per second since the last call, under their tag."""
         now = time.monotonic()
         seconds, steps = now - self._logged_at[0], step - self._logged_at[1]
         self._logged_at = (now, step)
-        metrics["charts/decisions_per_second"] = self.decisions(steps) / max(seconds, 1e-9)
+        return {"charts/decisions_per_second": self.decisions(steps) / max(seconds, 1e-9)}
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint; ends the session where the user asked for it.
+
+        Raises:
+            Interrupted: After saving, when Ctrl-C or SIGTERM had arrived.
+        """
+        self.run.save_checkpoint(step, state | {"seconds": self.seconds})
+        if self.interrupted and step < self.config.total_steps:
+            raise Interrupted
+
+
+class Session(BaseSession):
+    """What an agent's training loop needs around it.
+
+    Attributes:
+        env: The vector environment that trains.
+    """
+
+    @staticmethod
+    def build(config: ExperimentConfig, settings: Mapping[str, str]) -> RepFusionVectorEnv:
+        """The environment."""
+        return RepFusionVectorEnv(config=config)
+
+    def __init__(
+        self, run: Run, built: RepFusionVectorEnv, restored: tuple[int, dict[str, Any]] | None
+    ) -> None:
+        """See :class:`BaseSession`."""
+        super().__init__(run, built, restored)
+        self.env = built
+
+    def log(self, step: int, progress: Progress, extra: dict[str, float]) -> None:
+        """Read the device's metrics and write one row under the tags all agents share."""
+        metrics = self.env.drain_metrics() | extra
+        metrics |= self.speed(step)
         counts = metrics.get("timestep/counts")
         histograms = {}
         if counts:
@@ -122,16 +158,6 @@ class Session:
             evaluate(self.env, choose, self.config.evaluation.images),
         )
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint; ends the session where the user asked for it.
-
-        Raises:
-            Interrupted: After saving, when Ctrl-C or SIGTERM had arrived.
-        """
-        self.run.save_checkpoint(step, state | {"seconds": self.seconds})
-        if self.interrupted and step < self.config.total_steps:
-            raise Interrupted
-
     def finish(self, step: int, choose: Chooser, policy: nn.Module) -> None:
         """Evaluate, write weights, figure and summary, and print the table.
 
@@ -147,18 +173,25 @@ class Session:
         report(self.run, self.env, found, decisions=self.decisions(step), seconds=seconds)
 
 
-def run_session(command: Command, *, agent: str, train: Callable[[Session], None]) -> int:
+def run_session(
+    command: Command,
+    *,
+    agent: str,
+    train: Callable[[Any], None],
+    kind: type[BaseSession] = Session,
+) -> int:
     """Open or make the run folder, train in it, and turn what can happen into exit codes.
 
     Args:
         command: What was asked for.
         agent: Name of the agent; of a resumed run only the family before ``-`` must be the same.
-        train: The agent's training loop.
+        train: The agent's training loop, given a ``kind``.
+        kind: What it needs around it.
 
     Raises:
         ValueError: Something does not fit, said before training begins.
     """
-    session = _open(command, agent)
+    session = _open(command, agent, kind)
     if session is None:
         return 0
     with session.run as run:
@@ -177,13 +210,16 @@ def run_session(command: Command, *, agent: str, train: Callable[[Session], None
     return 0
 
 
-def _open(command: Command, agent: str) -> Session | None:
+def _open(command: Command, agent: str, kind: type[BaseSession]) -> BaseSession | None:
     """A new session or one that goes on; None where the run is complete."""
     if command.resume is None:
         assert command.config is not None
         # Everything is loaded and checked first: what is refused leaves no empty run folder.
-        env = RepFusionVectorEnv(config=command.config)
-        return Session(Run.create(command.config, agent=agent, label=command.label), env, None)
+        built = kind.build(command.config, command.settings)
+        run = Run.create(
+            command.config, agent=agent, label=command.label, settings=command.settings
+        )
+        return kind(run, built, None)
     run = Run.resume(command.resume)
     try:
         if run.agent.partition("-")[0] != agent.partition("-")[0]:
@@ -196,7 +232,7 @@ def _open(command: Command, agent: str) -> Session | None:
             run.close()
             return None
         restored = _last_checkpoint(run)
-        return Session(run, RepFusionVectorEnv(config=run.config), restored)
+        return kind(run, kind.build(run.config, run.settings), restored)
     except BaseException:
         run.close()
         raise
@@ -214,4 +250,4 @@ def _last_checkpoint(run: Run) -> tuple[int, dict[str, Any]] | None:
 
 
 def _command(agent: str) -> str:
-    return f"python -m agents.{'train_reinforce' if agent == 'reinforce' else 'train_sb3'}"
+    return f"python -m agents.{script_of(agent)}"

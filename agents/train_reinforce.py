@@ -93,10 +93,17 @@ class Reinforce:
                 if self.config.baseline == "value"
                 else None
             )
-        self.parameters = list(self.policy.parameters())
-        if self.value is not None:
-            self.parameters += list(self.value.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
+        networks = [self.policy.network, *([] if self.value is None else [self.value])]
+        # What is good for all images is in the output biases, and every lane tells of it. What
+        # differs from image to image is a faint signal: learned fast, it would be learned noise.
+        biases = [network[-1].bias for network in networks]
+        self.parameters = [p for network in networks for p in network.parameters()]
+        others = [p for p in self.parameters if all(p is not bias for bias in biases)]
+        groups: list[dict[str, Any]] = [
+            {"params": others, "lr": self.config.learning_rate},
+            {"params": biases, "lr": self.config.bias_learning_rate},
+        ]
+        self.optimizer = torch.optim.Adam(groups)
         self.generator = torch.Generator(env.device).manual_seed(derive_seed(seed, "choices"))
         self.group_size = env.config.env.group_size
 

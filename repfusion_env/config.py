@@ -38,12 +38,18 @@ class DataConfig:
 
     shorthand: ClassVar[str] = "name"
     name: StrictStr = option(
-        "digits", "digits, cifar10, npz, folder, or your own as module:function"
+        "digits",
+        "digits, cifar10, npz, folder, tiny_imagenet, webdataset, or your own as module:function",
     )
     path: StrictStr | None = option(
-        None, "folder of CIFAR-10 python batches, .npz bank, or folder with one folder per class"
+        None,
+        "where the data set lies: a folder, an .npz bank, or a pattern of shards (docs/data.md)",
     )
     download: StrictBool = option(False, "let torchvision download CIFAR-10 into data.path")
+    labels: Literal["given", "clusters"] = option(
+        "given", "given, or clusters: pseudo-labels of unlabelled images, by the teacher's features"
+    )
+    clusters: Count = option(10, "number of pseudo-labels under data.labels clusters")
     image_size: Count | None = option(
         None, "resize to this side in pixels; without it all images must have one size"
     )
@@ -266,14 +272,19 @@ class ReinforceConfig:
     baseline: Literal["none", "batch", "value", "group"] = option(
         "batch", "what is subtracted from the reward"
     )
-    learning_rate: Positive = option(3e-3, "step size of the policy (and value) network")
+    learning_rate: Positive = option(
+        1e-3, "step size of the policy (and value) network but its output bias"
+    )
+    bias_learning_rate: Positive = option(
+        0.03, "step size of the network's output bias: of what is good for all images alike"
+    )
     hidden: tuple[Count, ...] = option((64,), "widths of the policy's hidden layers")
     network: Literal["auto", "mlp", "cnn"] = option(
         "auto", "auto: cnn on pixels, mlp on embeddings"
     )
-    entropy_start: NonNegative = option(0.1, "weight of the entropy bonus at the beginning")
+    entropy_start: NonNegative = option(0.3, "weight of the entropy bonus at the beginning")
     entropy_end: NonNegative = option(0.0, "weight of the entropy bonus once it has decayed")
-    entropy_decay: Fraction = option(0.5, "part of the run over which it decays linearly")
+    entropy_decay: Fraction = option(1.0, "part of the run over which it decays linearly")
     gradient_clip: NonNegative = option(1.0, "largest norm of the policy's gradient; 0 is off")
     normalize_advantage: StrictBool = option(True, "divide advantages by their deviation")
 
@@ -287,6 +298,43 @@ class Sb3Config:
     policy: StrictStr = option("auto", "policy class by SB3's name; auto fits the algorithm")
     arguments: dict[StrictStr, Any] = option({}, "keyword arguments of the algorithm's class")
     device: StrictStr = option("cpu", "device of the policy; an MLP belongs on the CPU")
+
+
+@dataclass(frozen=True)
+class BanditConfig:
+    """Policies that do not learn, and bandits."""
+
+    shorthand: ClassVar[str] = "algo"
+    algo: StrictStr = option(
+        "random", "random, fixed, annealed, epsilon_greedy, ucb, thompson, linear"
+    )
+    timestep: Index | None = option(None, "the timestep of 'fixed'; one of the grid")
+    start: Index | None = option(None, "first timestep of 'annealed'; default: the grid's highest")
+    end: Index | None = option(None, "last timestep of 'annealed'; default: the grid's lowest")
+    epsilon: Fraction = option(0.1, "part of the choices that epsilon_greedy draws at random")
+    exploration: NonNegative = option(
+        1.0, "width of the optimism of ucb, or of the draws of thompson and linear; 0: greedy"
+    )
+    discount: Annotated[float, Strict(), Gt(0), Le(1)] = option(
+        0.99, "weight of a step's rewards one step later: the student's needs change"
+    )
+    ridge: Positive = option(1.0, "ridge penalty of linear")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Self-supervision beside the distillation: SimCLR's loss on two augmented views."""
+
+    shorthand: ClassVar[str] = "weight"
+    weight: NonNegative = option(0.0, "weight of the NT-Xent loss beside the distillation; 0: off")
+    temperature: Positive = option(0.5, "temperature of NT-Xent")
+    hidden: Count = option(256, "width of the projection head's hidden layer")
+    projection: Count = option(128, "width of the projection head's output")
+    crop: Annotated[float, Strict(), Gt(0), Le(1)] = option(
+        0.3, "smallest part of an image's area that a view keeps"
+    )
+    flip: StrictBool = option(True, "mirror half of the views")
+    jitter: Fraction = option(0.4, "strength of brightness, contrast, saturation and hue; 0: off")
 
 
 @dataclass(frozen=True)
@@ -333,6 +381,8 @@ class ExperimentConfig:
     env: EnvConfig = field(default_factory=EnvConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     sb3: Sb3Config = field(default_factory=Sb3Config)
+    bandit: BanditConfig = field(default_factory=BanditConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

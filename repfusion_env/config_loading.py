@@ -61,38 +61,74 @@ def config_folder() -> Path:
 
 
 def read_config_file(config: str | Path) -> dict[str, Any]:
-    """The keys of one YAML file.
+    """The keys of one YAML file, laid over those of the files that its ``base`` names.
 
     Args:
         config: A path, or the name of a file in :func:`config_folder` with or without ``.yaml``.
 
+    Returns:
+        The keys, without ``base``.
+
     Raises:
-        ConfigError: There is no such file, it is no YAML, or it is no mapping.
+        ConfigError: There is no such file, it is no YAML, it is no mapping, or it is built on
+            itself.
     """
-    path = Path(config)
-    if not path.is_file():
-        path = config_folder() / f"{path.stem}.yaml" if path.parent == Path() else path
-    if not path.is_file() and (config_folder() / Path(config).name).is_file():
-        # `configs/cifar10.yaml` names the shipped file from any folder, a wheel's user's too.
-        path = (
-            config_folder() / Path(config).name if Path(config).parent.name == "configs" else path
-        )
+    return _read(_find(config), ())
+
+
+def _find(config: str | Path, asked_by: Path | None = None) -> Path:
+    """The file that ``config`` names; beside the file that asks, where one does."""
+    path = Path(config).expanduser()
+    if asked_by is not None:
+        path = asked_by.parent / path
+    if path.is_file():
+        return path
+    # `configs/cifar10.yaml` names the shipped file from any folder, a wheel's user's too.
+    given = Path(config)
+    if given.parent == Path():
+        path = config_folder() / f"{given.stem}.yaml"
+    elif given.parent.name == "configs":
+        path = config_folder() / given.name
     if not path.is_file():
         names = sorted(file.stem for file in config_folder().glob("*.yaml"))
-        hint = did_you_mean(Path(config).stem, names)
+        who = "config" if asked_by is None else f"base of '{asked_by}'"
         raise ConfigError(
-            [f"config: there is no file '{config}'.{hint} Shipped: {', '.join(names)}"]
+            [
+                f"{who}: there is no file '{config}'.{did_you_mean(given.stem, names)} "
+                f"Shipped: {', '.join(names)}"
+            ]
+        )
+    return path
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a file over its bases'; ``above`` are the files that are built on it."""
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        raise ConfigError(
+            [f"base: '{path}' is built on itself: {' -> '.join(file.name for file in chain)}"]
         )
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(getattr(error, "problem_mark", "")).strip() or "the file is no text"
-        raise ConfigError([f"config: '{config}' is not valid YAML ({where})"]) from error
+        raise ConfigError([f"config: '{path}' is not valid YAML ({where})"]) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError([f"config: '{config}' must hold 'key: value' pairs at its top level"])
-    return content
+        raise ConfigError([f"config: '{path}' must hold 'key: value' pairs at its top level"])
+    if "base" not in content:
+        return content
+    given = content.pop("base")
+    bases = given if isinstance(given, list) and given else [given]
+    if not all(isinstance(base, str) for base in bases):
+        raise ConfigError(
+            [f"base: {given!r} given in '{path}'; it must be a name, a path, or a list of these"]
+        )
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, _read(_find(base, path), chain))
+    return merge(merged, content)
 
 
 def load_config(

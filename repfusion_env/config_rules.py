@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from repfusion_env import actions, fusion_rules, loss_rules, registry
+from repfusion_env import actions, contrastive_rules, fusion_rules, loss_rules, registry
 from repfusion_env.config import ExperimentConfig, TimestepConfig
 from students import registry as students
 
 LIBRARIES = ("torchvision", "timm")
+DATA_ON_DISK = ("npz", "folder", "cifar10", "tiny_imagenet", "webdataset")
 
 
 def conflicts(config: ExperimentConfig) -> list[str]:
@@ -22,6 +23,7 @@ def conflicts(config: ExperimentConfig) -> list[str]:
         *_distillation_conflicts(config),
         *_grid_conflicts(config.timesteps),
         *_run_conflicts(config),
+        *contrastive_rules.conflicts(config),
     ]
 
 
@@ -99,8 +101,13 @@ def _distillation_conflicts(config: ExperimentConfig) -> list[str]:
 
 def _run_conflicts(config: ExperimentConfig) -> list[str]:
     found: list[str] = []
-    if config.data.name in ("npz", "folder", "cifar10") and config.data.path is None:
+    if config.data.name in DATA_ON_DISK and config.data.path is None:
         found.append(f"data.path: data.name '{config.data.name}' needs a path")
+    if config.data.labels == "clusters" and config.data.clusters < 2:
+        found.append(
+            f"data.clusters: {config.data.clusters} given; under data.labels clusters it must be "
+            "2 or more, since one class has nothing to tell apart"
+        )
     if config.timesteps.values is not None or config.timesteps.first <= config.timesteps.last:
         found += actions.conflicts(config)
     if config.env.num_envs % config.env.group_size:

@@ -14,6 +14,7 @@ from torch import Tensor
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data import load_data
 from repfusion_env.data.bank import ImageBank
+from repfusion_env.data.pseudo_labels import cluster_labels, require_labels
 from repfusion_env.devices import resolve_device
 from repfusion_env.features import TeacherFeatures
 from repfusion_env.teachers import check_fit, describe_teacher, load_teacher
@@ -23,7 +24,17 @@ from repfusion_env.timesteps import TimestepGrid
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """Everything that training reads and never writes; shared by environments on one trainer."""
+    """Everything that training reads and never writes; shared by environments on one trainer.
+
+    Attributes:
+        device: Where all of it is.
+        train: Images with the labels that the task is about: given ones or clusters.
+        heldout: The same of the held-out images.
+        teacher: The frozen model.
+        grid: The timesteps that actions choose from.
+        features: The teacher's standardised features.
+        sources: Observations by their settings.
+    """
 
     device: torch.device
     train: ImageBank
@@ -31,7 +42,7 @@ class FrozenParts:
     teacher: Teacher
     grid: TimestepGrid
     features: TeacherFeatures
-    sources: dict[Any, Any] = field(default_factory=dict)  # observations by their settings
+    sources: dict[Any, Any] = field(default_factory=dict)
 
     def valid_actions(self, min_snr: float) -> Tensor:
         """(K,) bool: timesteps whose signal-to-noise ratio is at least ``min_snr``."""
@@ -59,9 +70,13 @@ def build_frozen_parts(config: ExperimentConfig) -> FrozenParts:
         )
     card = describe_teacher(config.teacher)
     train, heldout = load_data(config.data)
+    if config.data.labels == "given":
+        require_labels(train, "the task")
     check_fit(card, config, train.shape)
     train, heldout = train.to(device), heldout.to(device)
     teacher = load_teacher(config.teacher, device=device)
+    if config.data.labels == "clusters":
+        train, heldout = cluster_labels(config, teacher, train, heldout)
     grid = TimestepGrid(config.timesteps.grid(), device)
     features = TeacherFeatures(teacher, config, grid, train)
     return FrozenParts(device, train, heldout, teacher, grid, features)

@@ -1,18 +1,39 @@
 """What is measured of a student against its targets: losses per lane, and what rewards ask for.
 
-Shape letters: B samples, S student width, F teacher width, h,w positions, L teacher layers.
+Shape letters: N lanes, B samples, S student width, F teacher width, h,w positions, L teacher
+layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from repfusion_env.features import resized
-from repfusion_env.losses import DistillationLoss
+from repfusion_env.losses import DistillationLoss, FeatureShape
 from repfusion_env.student import Student
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, per lane; tensors (N,) on the trainer's device.
+
+    Attributes:
+        reward: By the configured rule; always finite.
+        distillation_loss: Before the update.
+        task_loss_before: Of the training forward; in inference mode under ``student_gain``.
+        task_loss_after: After the update, in inference mode; None where the reward needs none.
+        correct: Whether the student solved the sample in the training forward.
+    """
+
+    reward: Tensor
+    distillation_loss: Tensor
+    task_loss_before: Tensor
+    task_loss_after: Tensor | None
+    correct: Tensor
 
 
 def matched_feature(
@@ -34,6 +55,23 @@ def on_student_grid(student: Student, teacher: Sequence[Tensor]) -> list[Tensor]
     """Dense targets at the resolution at which they are matched; pooled ones as they are."""
     sizes = student.projections.sizes
     return [resized(z, size) if z.ndim == 4 else z for z, size in zip(teacher, sizes, strict=True)]
+
+
+def loss_shapes(
+    student: Student, widths: Sequence[int], dense: bool, images: int
+) -> list[FeatureShape]:
+    """What the loss compares at each teacher layer.
+
+    Args:
+        student: Whose projections it is for.
+        widths: F of each layer.
+        dense: Whether maps are matched.
+        images: Of the training bank.
+    """
+    return [
+        FeatureShape(width, dense, size if dense else (1, 1), images)
+        for width, size in zip(widths, student.projections.sizes, strict=True)
+    ]
 
 
 def layer_losses(

@@ -20,6 +20,8 @@ DATASETS: dict[str, str] = {
     "cifar10": "repfusion_env.data.cifar10:load",
     "npz": "repfusion_env.data.npz:load",
     "folder": "repfusion_env.data.folder:load",
+    "tiny_imagenet": "repfusion_env.data.tiny_imagenet:load",
+    "webdataset": "repfusion_env.data.shards:load",
 }
 
 TEACHERS: dict[str, str] = {

@@ -1,7 +1,7 @@
 """A run's folder: its configuration, metrics, TensorBoard events, checkpoints and summary.
 
     runs/<name>/config.yaml      the resolved configuration; the run can be repeated from it
-                run.json         agent, label and time of creation
+                run.json         agent, label, time of creation, the agent's settings
                 metrics.jsonl    one line per logging point
                 events.out.*     the same for TensorBoard, at global step = decisions
                 checkpoints/     see :mod:`repfusion_env.checkpoint`
@@ -51,13 +51,21 @@ class Run:
         folder: The run's folder.
         config: The resolved configuration.
         agent: Name of the agent that the run trains.
+        settings: What the agent's command was told beside the configuration.
     """
 
-    def __init__(self, folder: Path, config: ExperimentConfig, agent: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ExperimentConfig,
+        agent: str,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         """Lock ``folder``, which must be a complete run folder, and open its metrics."""
         self.folder = folder
         self.config = config
         self.agent = agent
+        self.settings = dict(settings or {})
         self._events: EventFile | None = None
         self._purge_step: int | None = None
         self._lock = _lock(folder)
@@ -72,7 +80,14 @@ class Run:
             raise
 
     @classmethod
-    def create(cls, config: ExperimentConfig, *, agent: str, label: str) -> Run:
+    def create(
+        cls,
+        config: ExperimentConfig,
+        *,
+        agent: str,
+        label: str,
+        settings: Mapping[str, str] | None = None,
+    ) -> Run:
         """Make a new run folder under ``config.run.folder``.
 
         Args:
@@ -80,6 +95,7 @@ class Run:
             agent: Name of the agent, for instance ``"reinforce"``.
             label: What the run is named after where ``config.run.name`` is None: the folder is then
                 ``<label>-<agent>-<YYYYmmdd-HHMMSS>``, with ``-2``, ``-3``, ... where that is taken.
+            settings: What the agent's command was told beside it; saved with the run.
 
         Raises:
             RunError: The folder exists already or cannot be made. Nothing is overwritten.
@@ -89,11 +105,12 @@ class Run:
             "agent": agent,
             "label": label,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **({"settings": dict(settings)} if settings else {}),
         }
         with writing(folder):
             write_text(folder / "config.yaml", to_yaml(config))
             write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
-            return cls(folder, config, agent)
+            return cls(folder, config, agent, settings)
 
     @classmethod
     def resume(cls, folder: str | Path) -> Run:
@@ -112,12 +129,13 @@ class Run:
             if not (folder / name).is_file():
                 raise RunError(f"'{folder}' is no run folder: it has no {name}")
         try:
-            agent = json.loads((folder / "run.json").read_text(encoding="utf-8"))["agent"]
+            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            agent, settings = about["agent"], dict(about.get("settings", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"'{folder / 'run.json'}' does not name the run's agent") from error
         config = load_config(folder / "config.yaml")
         with writing(folder):
-            return cls(folder, config, str(agent))
+            return cls(folder, config, str(agent), settings)
 
     @property
     def metrics_path(self) -> Path:

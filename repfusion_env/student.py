@@ -63,23 +63,19 @@ def _stage_shapes(backbone: Backbone, shape: tuple[int, int, int]) -> list[tuple
 
 
 def make_optimizer(
-    student: Student,
     config: OptimizerConfig,
-    loss: Iterable[nn.Parameter] = (),
-    fusion: Iterable[nn.Parameter] = (),
+    body: Iterable[nn.Parameter],
+    heads: Iterable[nn.Parameter],
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups: backbone with projections, and the heads.
+    """AdamW or SGD over two groups.
 
     Args:
-        student: Whose parameters are trained.
         config: Which optimizer, and its settings.
-        loss: What the distillation loss learns; it goes with the projections.
-        fusion: The learned weights of the fusion; they go with the heads, whose loss trains them.
+        body: Backbone and projections, with what the losses on features learn.
+        heads: What a task loss alone trains; ``head_learning_rate`` is theirs.
     """
     rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
-    body = [*student.backbone.parameters(), *student.projections.parameters(), *loss]
-    heads = [*student.head.parameters(), *student.probe.parameters(), *fusion]
-    groups = [{"params": body, "lr": rate}, {"params": heads, "lr": head_rate}]
+    groups = [{"params": list(body), "lr": rate}, {"params": list(heads), "lr": head_rate}]
     for group in groups:
         group["base_lr"] = group["lr"]
     if config.name == "sgd":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +16,17 @@ from torch import Tensor
 from repfusion_env import registry
 from repfusion_env.actions.choice import Choice
 from repfusion_env.config import ExperimentConfig
+from repfusion_env.contrastive import Contrastive, make_contrastive
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.device_means import DeviceMeans
 from repfusion_env.frozen import FrozenParts
 from repfusion_env.fusion import Fusion, Targets, probe_input
-from repfusion_env.losses import DistillationLoss, FeatureShape
+from repfusion_env.losses import DistillationLoss
 from repfusion_env.measuring import (
+    StepResult,
     finite_reward,
     layer_losses,
+    loss_shapes,
     matched_feature,
     on_student_grid,
     projected,
@@ -37,25 +39,6 @@ from repfusion_env.tasks import Task
 from repfusion_env.updates import NonFiniteError, Updates
 
 __all__ = ["DistillationTrainer", "NonFiniteError", "StepResult"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, per lane; tensors (N,) on the trainer's device.
-
-    Attributes:
-        reward: By the configured rule; always finite.
-        distillation_loss: Before the update.
-        task_loss_before: Of the training forward; in inference mode under ``student_gain``.
-        task_loss_after: After the update, in inference mode; None where the reward needs none.
-        correct: Whether the student solved the sample in the training forward.
-    """
-
-    reward: Tensor
-    distillation_loss: Tensor
-    task_loss_before: Tensor
-    task_loss_after: Tensor | None
-    correct: Tensor
 
 
 class DistillationTrainer:
@@ -92,11 +75,14 @@ class DistillationTrainer:
             student = Student(config, parts, self.task)
         layout = torch.channels_last if config.student.channels_last else torch.contiguous_format
         self.student = student.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        shapes = loss_shapes(self.student, parts.features.widths, self.dense, len(parts.train))
         with own_randomness(derive_seed(seed, "loss")):
-            self.loss = DistillationLoss(config.distillation, self._loss_shapes()).to(self.device)
+            self.loss = DistillationLoss(config.distillation, shapes).to(self.device)
         self._loss_learns = any(True for _ in self.loss.parameters())
         self.fusion = Fusion(config, parts.teacher.layers, parts.grid, parts.teacher.num_timesteps)
-        self.updates = Updates(config, self.student, self.loss, self.fusion, self.device)
+        width = self.student.backbone.feature_channels
+        self.contrastive = make_contrastive(config, width, parts.train.shape, seed, self.device)
+        self.updates = self._make_updates()
         self.recent = RecentDecisions(config.optimizer.batch_size)
         self.steps = 0
         self.metrics = DeviceMeans(self.device)
@@ -187,6 +173,8 @@ class DistillationTrainer:
                 total = total + probe_losses.mean()
             if self._loss_learns:
                 total = total + self.loss.auxiliary(teacher)
+            if self.contrastive is not None and len(batch_ids) > 1:
+                total = total + self._contrast(self.contrastive, images, batch_ids)
             if len(batch_ids) > 1:
                 bad = self.updates.apply(total, buffers, self.progress)
                 self.loss.remember([p.detach() for p in mine], teacher, batch_ids, bad)
@@ -293,6 +281,7 @@ class DistillationTrainer:
             "student": self.student.state_dict(),
             "loss": self.loss.state_dict(),
             "fusion": self.fusion.state_dict(),
+            "contrastive": None if self.contrastive is None else self.contrastive.state_dict(),
             **self.updates.state_dict(),
             "recent": self.recent.state_dict(),
             "metrics": self.metrics.state_dict(),
@@ -305,16 +294,27 @@ class DistillationTrainer:
         self.student.load_state_dict(state["student"])
         self.loss.load_state_dict(state["loss"])
         self.fusion.load_state_dict(state["fusion"])
+        if self.contrastive is not None:
+            self.contrastive.load_state_dict(state["contrastive"])
         self.updates.load_state_dict(state)
         self.recent.load_state_dict(state["recent"], self.device)
         self.metrics.load_state_dict(state["metrics"])
 
-    def _loss_shapes(self) -> list[FeatureShape]:
-        sizes, images = self.student.projections.sizes, len(self.parts.train)
-        return [
-            FeatureShape(width, self.dense, size if self.dense else (1, 1), images)
-            for width, size in zip(self.parts.features.widths, sizes, strict=True)
-        ]
+    def _make_updates(self) -> Updates[Student]:
+        student, extra = self.student, [] if self.contrastive is None else [self.contrastive]
+        body = [student.backbone, student.projections, self.loss, *extra]
+        heads = [student.head, student.probe, self.fusion]
+        others = [self.loss, self.fusion, *extra]
+        return Updates(self.config, student, body, heads, others, self.device)
+
+    def _contrast(self, contrastive: Contrastive, images: Tensor, ids: Tensor) -> Tensor:
+        def embed(views: Tensor) -> Tensor:
+            with self._precision():
+                return self.student.features(views)[-1].mean((2, 3))
+
+        loss: Tensor = contrastive(embed, images, ids)
+        self.metrics.add("student/contrastive_loss", loss)
+        return self.config.contrastive.weight * loss
 
     def _targets(
         self, bank: ImageBank, ids: Tensor, choice: Choice | Tensor, visits: Tensor, noise_seed: int

@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from repfusion_env.config import ExperimentConfig
-from repfusion_env.student import Student, learning_rate_factor, make_optimizer
+from repfusion_env.student import learning_rate_factor, make_optimizer
 from repfusion_env.student_buffers import restore_buffers, snapshot_buffers
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class NonFiniteError(RuntimeError):
     """The loss was not finite for too many steps in a row."""
 
 
-class Updates:
+class Updates(Generic[N]):
     """Optimizer, averaged student, and the count of steps that were skipped.
 
     Args:
         config: The experiment.
         student: Is trained; its average follows it where ``student.ema`` is above 0.
-        loss: The distillation loss, with what it learns.
-        fusion: The fusion, with the weights that it learns.
+        body: What is trained at ``optimizer.learning_rate``, with the student's part of it.
+        heads: What is trained at ``optimizer.head_learning_rate``, likewise.
+        others: What is trained beside the student, with buffers that its forward may move.
         device: Where all of them are.
     """
 
     def __init__(
         self,
         config: ExperimentConfig,
-        student: Student,
-        loss: nn.Module,
-        fusion: nn.Module,
+        student: N,
+        body: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        others: Sequence[nn.Module],
         device: torch.device,
     ) -> None:
         self._config, self._student, self._device = config, student, device
-        self._parameters = [
-            *student.parameters(),
-            *loss.parameters(),
-            *fusion.parameters(),
-        ]
-        self._forwarded = (student, loss)
-        self.average: Student | None = None
+        self._networks: tuple[nn.Module, ...] = (student, *others)
+        self._parameters = _parameters(self._networks)
+        self.average: N | None = None
         if config.student.ema:
             self.average = deepcopy(student).requires_grad_(False).eval()
-        self.optimizer = make_optimizer(
-            student, config.optimizer, loss.parameters(), fusion.parameters()
-        )
+        self.optimizer = make_optimizer(config.optimizer, _parameters(body), _parameters(heads))
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def buffers(self) -> list[Tensor]:
         """A copy of the running statistics that a forward moves; taken before it."""
-        return snapshot_buffers(*self._forwarded)
+        return snapshot_buffers(*self._networks)
 
     def apply(self, total: Tensor, buffers: list[Tensor], progress: float) -> Tensor:
         """Backward, clip and optimizer step; skipped on the device where anything is not finite.
@@ -86,13 +84,13 @@ class Updates:
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         self.bad_steps = self.bad_steps + bad
         # The forward has already moved the running statistics of batch norms.
-        restore_buffers(buffers, bad, *self._forwarded)
+        restore_buffers(buffers, bad, *self._networks)
         if self.average is not None:
             self._update_average(self.average, bad)
         return bad
 
     @torch.no_grad()
-    def _update_average(self, average: Student, bad: Tensor) -> None:
+    def _update_average(self, average: N, bad: Tensor) -> None:
         weight = (1.0 - self._config.student.ema) * ~bad
         parameters: list[Tensor] = list(average.parameters())
         moves = list(torch._foreach_sub(list(self._student.parameters()), parameters))
@@ -138,6 +136,10 @@ class Updates:
         # The optimizer would keep the given moments themselves, shared with whoever gave them.
         self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         self.bad_in_a_row, self.bad_steps = (value.to(self._device) for value in state["bad"])
+
+
+def _parameters(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [p for network in networks for p in network.parameters()]
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from students.heads import mlp_head as mlp_head
     from students.projection import Projection as Projection
     from students.projection import Projections as Projections
+    from students.saved import load_backbone as load_backbone
 
 _LAZY = {
     "Backbone": "students.backbone",
     "Projection": "students.projection",
     "Projections": "students.projection",
     "linear_head": "students.heads",
+    "load_backbone": "students.saved",
     "mlp_head": "students.heads",
 }
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agents import sb3_algorithms, train_reinforce
+from agents import sb3_algorithms, train_bandit, train_reinforce
 from agents.command_line import parse
+from agents.control_options import OPTIONS
 from repfusion_env import registry
 from repfusion_env.config_loading import check, options, sections
 
@@ -30,7 +31,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {
     "agents.train_reinforce": (train_reinforce.conflicts, {}),
     "agents.train_sb3": (sb3_algorithms.conflicts, {"algo": "sb3.algo"}),
+    "agents.train_bandit": (train_bandit.conflicts, {"algo": "bandit.algo"}),
+    "agents.train_control": (lambda config: [], {}),
 }
+OWN = {"agents.train_control": OPTIONS}
 
 
 def _blocks(page: Path, language: str) -> list[str]:
@@ -103,7 +107,10 @@ def test_commands_in_the_documentation_are_accepted(page, command, tmp_path, mon
         (tmp_path / "my_experiment.yaml").write_text(experiment, encoding="utf-8")
         monkeypatch.chdir(tmp_path)
         conflicts, aliases = COMMANDS[program]
-        parse(arguments, prog=program, description="", aliases=aliases, conflicts=conflicts)
+        own = OWN.get(program)
+        parse(
+            arguments, prog=program, description="", aliases=aliases, conflicts=conflicts, own=own
+        )
 
 
 def test_every_option_stands_in_the_table_with_its_default():

@@ -12,6 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+# The classes of images that come without any.
+UNLABELLED = ("unlabelled",)
+
 
 @dataclass(frozen=True, eq=False)
 class ImageBank:
@@ -22,6 +25,8 @@ class ImageBank:
         images: Pixels, uint8, (M, C, H, W).
         labels: Class of each image, int64, (M,), each in ``0..len(classes) - 1``.
         classes: Names of the classes, in the order of the labels.
+        given: Where the labels are clusters, the same images with the labels that they came with;
+            None where they came with none, and where the labels are these.
 
     Raises:
         TypeError: Images or labels have another dtype or shape.
@@ -33,6 +38,7 @@ class ImageBank:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    given: ImageBank | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -68,6 +74,16 @@ class ImageBank:
         return channels, height, width
 
     @property
+    def labelled(self) -> bool:
+        """Whether the images came with classes."""
+        return self.classes != UNLABELLED
+
+    @property
+    def judged(self) -> ImageBank:
+        """What a probe is fitted and scored on: the labels that the images came with, if any."""
+        return self.given or self
+
+    @property
     def device(self) -> torch.device:
         """Where the images are."""
         return self.images.device
@@ -82,11 +98,26 @@ class ImageBank:
 
     def to(self, device: torch.device | str) -> ImageBank:
         """The bank with its images and labels on ``device``."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        images, labels = self.images.to(device), self.labels.to(device)
+        given = self.given.labels.to(device) if self.given else None
+        return self._with(images, labels, given)
 
     def head(self, count: int) -> ImageBank:
         """The first ``count`` images, or all where there are fewer."""
-        return replace(self, images=self.images[:count], labels=self.labels[:count])
+        labels = self.given.labels[:count] if self.given else None
+        return self._with(self.images[:count], self.labels[:count], labels)
+
+    def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> ImageBank:
+        """The same images with other labels, (M,); those that they came with stay beside them."""
+        given = self if self.labelled else None
+        return replace(self, labels=labels, classes=classes, given=given)
+
+    def _with(self, images: Tensor, labels: Tensor, given: Tensor | None) -> ImageBank:
+        # The pixels are never held twice.
+        bank = replace(self, images=images, labels=labels, given=None)
+        if self.given is None or given is None:
+            return bank
+        return replace(bank, given=replace(self.given, images=images, labels=given))
 
     def pixels(self, ids: Tensor) -> Tensor:
         """The images ``ids`` as networks take them, without a host synchronisation.

@@ -1,26 +1,27 @@
-"""A folder with one folder of images per class.
+"""A folder of images: with one folder per class, or of any shape without classes.
 
-Either ``path/train/<class>/*`` with ``path/test/<class>/*`` (or ``val``), or ``path/<class>/*``, of
-which a fixed random 20 % are held out. Images are decoded once into a bank; all are grey where all
-files are grey, RGB otherwise.
+Either ``path/train/...`` with ``path/test/...`` (or ``val``), or ``path/...``, of which a fixed
+random 20 % are held out. Where each folder at the top holds images these are the classes.
+Otherwise, flat or nested, the images are unlabelled: all of one class
+(:data:`repfusion_env.data.bank.UNLABELLED`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from repfusion_env.config import DataConfig
-from repfusion_env.data.bank import ImageBank
-from repfusion_env.data.splits import permutation, resize, split
+from repfusion_env.data.bank import UNLABELLED, ImageBank
+from repfusion_env.data.decode import SUFFIXES, decode_files
+from repfusion_env.data.splits import permutation, split
+from repfusion_env.registry import did_you_mean
 
 HELDOUT_FOLDERS = ("test", "val")
-GREY_MODES = ("1", "L", "LA")
+MOST_NAMES = 5
 Listing = list[tuple[Path, int]]
 
 
@@ -29,106 +30,145 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
 
     Raises:
         ValueError: There is no such folder, a class or the whole is empty, a file is no image or
-            truncated, the splits have other classes, or sizes are mixed without data.image_size.
+            truncated, the splits have other classes, sizes are mixed without data.image_size, or
+            the images do not fit into memory.
     """
     if config.path is None:
-        raise ValueError("data.path: data.name 'folder' needs a folder with one folder per class")
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"data.path: there is no folder '{root}'")
+        raise ValueError("data.path: data.name 'folder' needs a folder of images")
+    root = existing_folder(config.path)
     heldout_root = next((root / name for name in HELDOUT_FOLDERS if (root / name).is_dir()), None)
     if (root / "train").is_dir() and heldout_root is not None:
-        classes = _classes(root / "train")
-        other = _classes(heldout_root)
-        if classes != other:
-            differing = sorted(set(classes) ^ set(other))
-            raise ValueError(
-                f"data.path: '{root / 'train'}' and '{heldout_root}' must hold the same classes; "
-                f"only one of them has {', '.join(differing)}"
-            )
-        listings = [_shuffled(_files(part, classes)) for part in (root / "train", heldout_root)]
+        roots = (root / "train", heldout_root)
+        classes = _telling(_same_classes(*roots))
+        parts = [shuffled(_files(part, classes)) for part in roots]
     else:
-        classes = _classes(root)
+        classes = _telling(_classes(root))
         files = _files(root, classes)
         if len(files) < 2:
             raise ValueError(f"data.path: '{root}' holds 1 image; at least 2 are needed")
-        listings = [[files[index] for index in ids.tolist()] for ids in split(len(files))]
-    limits = (config.train_limit, config.heldout_limit)
-    listings = [listing[:limit] for listing, limit in zip(listings, limits, strict=True)]
-    train, heldout = _decode(listings, config.image_size)
-    labels = [torch.tensor([label for _, label in listing]) for listing in listings]
-    name = root.resolve().name
+        parts = [[files[index] for index in ids.tolist()] for ids in split(len(files))]
+    return banks(root.resolve().name, (parts[0], parts[1]), classes, config)
+
+
+def existing_folder(given: str) -> Path:
+    """The folder; refused with the closest of its neighbours where there is none."""
+    root = Path(given).expanduser()
+    if not root.is_dir():
+        beside = root.parent.iterdir() if root.parent.is_dir() else []
+        names = [path.name for path in beside if path.is_dir()]
+        raise ValueError(f"data.path: there is no folder '{root}'.{did_you_mean(root.name, names)}")
+    return root
+
+
+def banks(
+    name: str, listings: tuple[Listing, Listing], classes: tuple[str, ...], config: DataConfig
+) -> tuple[ImageBank, ImageBank]:
+    """Decode (path, label) listings, no more of them than the configuration's limits."""
+    train, heldout = listings[0][: config.train_limit], listings[1][: config.heldout_limit]
+    paths = ([path for path, _ in train], [path for path, _ in heldout])
+    images = decode_files(name, paths, config)
+    labels = [torch.tensor([label for _, label in listing]) for listing in (train, heldout)]
     return (
-        ImageBank(name, train, labels[0], classes),
-        ImageBank(name, heldout, labels[1], classes),
+        ImageBank(name, images[0], labels[0], classes),
+        ImageBank(name, images[1], labels[1], classes),
+    )
+
+
+def shuffled(listing: Listing) -> Listing:
+    """The listing in a fixed random order."""
+    # Sorted by class, the first images (data.train_limit) would all be of one class.
+    return [listing[index] for index in permutation(len(listing)).tolist()]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the visible folders in ``root``, sorted."""
+    return sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and not _hidden(entry.name)
+    )
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Every visible file directly in ``folder``, sorted; none is skipped for its name."""
+    entries = [entry for entry in os.scandir(folder) if entry.is_file()]
+    return sorted(Path(entry.path) for entry in entries if not _hidden(entry.name))
+
+
+def _same_classes(train: Path, heldout: Path) -> tuple[str, ...]:
+    classes, other = _classes(train), _classes(heldout)
+    if classes == other:
+        return classes
+    if UNLABELLED in (classes, other):
+        flat, labelled = (train, heldout) if classes == UNLABELLED else (heldout, train)
+        raise ValueError(
+            f"data.path: '{flat}' has no class folders, but '{labelled}' has; both must have them, "
+            "or neither"
+        )
+    differing = sorted(set(classes) ^ set(other))
+    against = other if differing[0] in classes else classes
+    raise ValueError(
+        f"data.path: '{train}' and '{heldout}' must hold the same classes; "
+        f"only one of them has {some(differing)}.{did_you_mean(differing[0], against)}"
     )
 
 
 def _classes(root: Path) -> tuple[str, ...]:
-    names = sorted(
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    """The classes, or :data:`UNLABELLED` where the folders are none."""
+    if any(_is_image(path) for path in visible_files(root)):
+        return UNLABELLED
+    names = class_folders(root)
     if not names:
         raise ValueError(
-            f"data.path: '{root}' is empty or holds no folders; expected is one folder of images "
-            "per class"
+            f"data.path: '{root}' is empty or holds no folders; expected are images, or one folder "
+            "of images per class"
         )
+    empty = [name for name in names if not visible_files(root / name)]
+    if any(next(_images(root / name), None) for name in empty):
+        return UNLABELLED
     return tuple(names)
 
 
+def _telling(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """One folder around all images tells nothing about them."""
+    return classes if len(classes) > 1 else UNLABELLED
+
+
 def _files(root: Path, classes: Sequence[str]) -> Listing:
-    """Every visible file of each class; none is skipped, so that a stray file is noticed."""
-    listing: Listing = []
+    """Every visible file of each class, so that a stray one is noticed; or all images."""
+    if tuple(classes) == UNLABELLED:
+        listing = [(path, 0) for path in sorted(_images(root))]
+        if not listing:
+            raise ValueError(
+                f"data.path: '{root}' holds no images; known by their names are "
+                f"{', '.join(SUFFIXES)}"
+            )
+        return listing
+    listing = []
     for label, name in enumerate(classes):
-        files = sorted(
-            path
-            for path in (root / name).iterdir()
-            if path.is_file() and not path.name.startswith(".")
-        )
+        files = visible_files(root / name)
         if not files:
             raise ValueError(f"data.path: the class folder '{root / name}' is empty")
         listing += [(path, label) for path in files]
     return listing
 
 
-def _shuffled(listing: Listing) -> Listing:
-    # Sorted by class, the first images (data.train_limit) would all be of one class.
-    return [listing[index] for index in permutation(len(listing)).tolist()]
+def _images(root: Path) -> Iterator[Path]:
+    """Images at any depth, by their suffixes; what else lies there is left alone."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        for name in names:
+            if not _hidden(name) and _is_image(Path(name)):
+                yield Path(folder) / name
 
 
-def _decode(listings: Sequence[Listing], side: int | None) -> list[Tensor]:
-    """Pixels of each listing, uint8 (M, C, H, W), all of one shape."""
-    paths = [[path for path, _ in listing] for listing in listings]
-    decoded = [[_pixels(path, side) for path in part] for part in paths]
-    everything = [image for part in decoded for image in part]
-    grey = all(len(image) == 1 for image in everything)
-    first_path, first = paths[0][0], everything[0]
-    for part, images in zip(paths, decoded, strict=True):
-        for path, image in zip(part, images, strict=True):
-            if image.shape[1:] != first.shape[1:]:
-                raise ValueError(
-                    f"data.path: images of mixed size: '{first_path}' is {_size(first)} and "
-                    f"'{path}' is {_size(image)} (width x height); data.image_size resizes them"
-                )
-    return [
-        torch.stack([image if grey else image.expand(3, -1, -1) for image in part])
-        for part in decoded
-    ]
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
-def _pixels(path: Path, side: int | None) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            mode = "L" if image.mode in GREY_MODES else "RGB"
-            array = np.array(image.convert(mode))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"data.path: '{path}' is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"data.path: '{path}' is truncated or damaged ({error})") from error
-    pixels = torch.from_numpy(array)
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    return pixels if side is None else resize(pixels, side)
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[2]}x{image.shape[1]}"
+def _hidden(name: str) -> bool:
+    return name.startswith(".")

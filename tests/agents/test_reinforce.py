@@ -134,6 +134,48 @@ def test_a_bandit_with_one_image_is_solved(agent_of: Any):
     assert agent.policy(observation[0])[0].exp()[2] > 0.9
 
 
+def test_what_all_images_share_is_learned_at_a_step_size_of_its_own(agent_of: Any):
+    settings = {"learning_rate": 0.001, "bias_learning_rate": 0.05, "baseline": "value"}
+    env, agent = agent_of(reinforce=settings)
+    assert agent.value is not None
+    networks = {"policy": agent.policy.network, "value": agent.value}
+    before = {
+        (which, name): parameter.detach().clone()
+        for which, network in networks.items()
+        for name, parameter in network.named_parameters()
+    }
+    observations = torch.randn(1, 16, *env.single_observation_space.shape)
+    rewards = torch.randn(1, 16, generator=torch.Generator().manual_seed(2))
+    agent.update(observations, torch.arange(16)[None] % 5, rewards, 0.0)
+    assert len(before) == 8
+    for which, network in networks.items():
+        for name, parameter in network.named_parameters():
+            # Adam's first step is the step size, wherever there is a gradient at all.
+            moved = float((parameter - before[which, name]).detach().abs().max())
+            assert moved == pytest.approx(0.05 if name == "3.bias" else 0.001, rel=0.01), name
+
+
+def test_noisy_rewards_that_know_no_image_teach_the_common_choice_and_little_else(agent_of: Any):
+    def after_40_steps(**rates: float) -> torch.Tensor:
+        """Probabilities (64, 5) after rewards that are the same for all images, but for noise."""
+        env, agent = agent_of(reinforce=rates)
+        generator = torch.Generator().manual_seed(5)
+        worth = torch.tensor([-3.0, -1.0, -0.5, -2.0, -4.0])
+        observations = torch.randn(64, *env.single_observation_space.shape, generator=generator)
+        for step in range(40):
+            actions = agent.policy.sample(observations, agent.generator)
+            noise = torch.randn(64, generator=generator)
+            rollout = observations[None], actions[None], (worth[actions] + noise)[None]
+            agent.update(*rollout, step / 40)
+        return agent.policy(observations).exp().detach()
+
+    own = after_40_steps(learning_rate=1e-3, bias_learning_rate=0.03)
+    same = after_40_steps(learning_rate=3e-3, bias_learning_rate=3e-3)
+    assert own.mean(0).argmax() == 2
+    # The deviation over images is what noise has taught.
+    assert own.std(0).max() < 0.5 * same.std(0).max()
+
+
 def test_the_value_network_learns_what_is_to_come(agent_of: Any):
     settings = {"baseline": "value", "learning_rate": 0.03, "gradient_clip": 0.0}
     env, agent = agent_of(env={"episode_length": 2}, reinforce=settings)

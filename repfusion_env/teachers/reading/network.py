@@ -170,10 +170,12 @@ class NetworkTeacher:
         self._outputs: dict[str, Tensor] = {}
         self._seen: tuple[int, ...] = plan.input_shape
         deepest = found.last(layers)
-        for layer in dict.fromkeys(layers):
+        self.taps = [
             self.network.get_submodule(layer).register_forward_hook(
                 self._tap(layer, stop=cut and layer == deepest)
             )
+            for layer in dict.fromkeys(layers)
+        ]
 
     def encode(self, images: Tensor) -> Tensor:
         """See :meth:`repfusion_env.teachers.Teacher.encode`."""

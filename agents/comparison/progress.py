@@ -1,0 +1,65 @@
+"""Following the jobs of a comparison: what is done, what failed, how long it will take."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from agents.comparison.jobs import run_job
+from agents.comparison.plan import Plan
+from agents.comparison.workers import DONE, FAILED, run_jobs
+from repfusion_env.atomic import write_text
+from repfusion_env.progress import Progress
+
+
+def follow(plan: Plan, jobs: Sequence[dict[str, Any]], workers: int) -> list[str]:
+    """Run the jobs, show how far they are, and record failures.
+
+    Returns:
+        The state of each job that began, in the order of their ends.
+    """
+    total = len(plan.arms) * plan.seeds
+    before = total - len(jobs)
+    states: list[str] = []
+    failed = 0
+    started: dict[tuple[str, int], float] = {}
+
+    def note_start(job: dict[str, Any]) -> None:
+        started[_key(job)] = time.monotonic()
+
+    with Progress(total, "runs", description="compare", initial=before) as progress:
+        for outcome in run_jobs(run_job, jobs, workers, started=note_start):
+            states.append(outcome.state)
+            name, seed = _key(outcome.job)
+            spent = time.monotonic() - started[name, seed]
+            if outcome.state == DONE:
+                plan.failure_path(name, seed).unlink(missing_ok=True)
+                _say(f"{name}, seed {seed}: {_found(outcome.value)} ({spent:.0f} s)")
+            elif outcome.state == FAILED:
+                failed += 1
+                text = json.dumps({"error": str(outcome.value)}, ensure_ascii=False) + "\n"
+                write_text(plan.failure_path(name, seed), text)
+                _say(f"{name}, seed {seed}: FAILED: {outcome.value}")
+            done = before + sum(state == DONE for state in states)
+            progress.update(done, failed=failed)
+    return states
+
+
+def _key(job: dict[str, Any]) -> tuple[str, int]:
+    return job["arm"]["name"], int(job["seed"])
+
+
+def _found(result: dict[str, Any]) -> str:
+    """A result in a few words."""
+    reward = "" if result["reward"] is None else f"reward {result['reward']:.3f}, "
+    linear = [
+        f"{value:.1%}" for task, value in result["accuracy"].items() if task.startswith("linear")
+    ]
+    return f"{reward}linear probe {' / '.join(linear)}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

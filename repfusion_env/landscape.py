@@ -1,0 +1,203 @@
+"""What a teacher offers by layer and timestep: ``python -m repfusion_env.landscape``.
+
+Measures, before anything is trained, where a teacher's features are worth distilling and whether
+choosing the timestep for each image can pay at all. See ``docs/landscape.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.config_loading import (
+    ConfigError,
+    accepts_text,
+    check,
+    merge,
+    options,
+    parse_yaml,
+    read_config_file,
+    sections,
+)
+from repfusion_env.landscapes.settings import LandscapeSettings
+from repfusion_env.registry import did_you_mean
+
+PROG = "python -m repfusion_env.landscape"
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 2 for bad input and 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(
+            "stopped; what was measured is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return USAGE_ERROR
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's own arguments; keys of the configuration come beside them."""
+    made = argparse.ArgumentParser(
+        prog=PROG,
+        description="Measure probe accuracy, reward, representation and the worth of choosing the "
+        "timestep per image, over a teacher's layers and the timestep grid.",
+        epilog="Any key of the configuration is an option too: --teacher.model FOLDER, "
+        "--timesteps.count 12, --data.train_limit 500, --device cuda.",
+        allow_abbrev=False,
+    )
+    defaults = LandscapeSettings()
+    made.add_argument("--config", metavar="FILE", help="configuration (default: digits)")
+    made.add_argument(
+        "--run",
+        metavar="RUN_DIR",
+        help="a finished run: its configuration, and its trained student's reward",
+    )
+    made.add_argument("--out", metavar="FOLDER", help="default: landscape-<configuration>")
+    made.add_argument(
+        "--layers", nargs="+", metavar="LAYER", default=[], help="default: a spread over the depth"
+    )
+    made.add_argument(
+        "--images",
+        type=int,
+        default=defaults.images,
+        help="most training and most held-out images (default: %(default)s)",
+    )
+    made.add_argument(
+        "--labels", type=int, default=None, help="training labels of the heads (default: all)"
+    )
+    made.add_argument(
+        "--draws",
+        type=int,
+        default=defaults.draws,
+        help="noise draws of each (image, timestep) (default: %(default)s)",
+    )
+    made.add_argument(
+        "--seed", type=int, help="of the experiment, folds and bootstrap (default: the config's)"
+    )
+    return made
+
+
+def overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """``--key value`` and ``--key=value`` pairs of configuration keys.
+
+    Raises:
+        ConfigError: With a sentence for each that is none.
+    """
+    kinds = {name: kind for name, _, kind in options()}
+    own = [action.option_strings[-1][2:] for action in parser()._actions]
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"'{word}': options look like --key value")
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            text, equals = words.pop(0), "="
+        inside = key.rpartition(".")[0] in kinds
+        if key not in kinds and key not in sections() and not inside:
+            known = [*own, *kinds, *sections()]
+            problems.append(f"--{key}: there is no such option.{did_you_mean(key, known)}")
+        elif not equals:
+            problems.append(f"--{key}: a value is missing")
+        elif key in kinds and accepts_text(kinds[key]):
+            found[key] = None if text == "null" else text
+        else:
+            try:
+                found[key] = parse_yaml(text)
+            except yaml.YAMLError:
+                problems.append(f"--{key}: '{text}' is not valid YAML")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _run(arguments: list[str]) -> int:
+    chosen, others = parser().parse_known_args(arguments)
+    given = overrides(others)
+    if chosen.seed is not None:
+        given["seed"] = chosen.seed
+    config, name = _config(chosen, given)
+    settings = LandscapeSettings(
+        layers=tuple(chosen.layers),
+        images=chosen.images,
+        labels=chosen.labels,
+        draws=chosen.draws,
+        seed=config.seed,
+    )
+    folder = Path(chosen.out or f"landscape-{name}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out: '{folder}' is a file; a folder is needed")
+
+    from repfusion_env.landscapes import measure
+    from repfusion_env.landscapes.report import write_report
+    from repfusion_env.landscapes.verdict import verdict
+
+    found = measure(config, settings, run=chosen.run, folder=folder)
+    files = write_report(found, folder)
+    layer, place = divmod(int(found.accuracy.argmax()), len(found.timesteps))
+    print(
+        f"linear probe  {100 * found.accuracy.max():.1f} % at best: {found.layers[layer]}, "
+        f"t = {found.timesteps[place]}"
+    )
+    print(f"reward        {found.reward_kind} of {found.reward_rows[found.main]}")
+    print(f"verdict       {verdict(found)}")
+    print(f"written       {files[0]} and {len(files) - 1} files beside it, {found.seconds:.0f} s")
+    return 0
+
+
+def _config(chosen: argparse.Namespace, given: dict[str, Any]) -> tuple[ExperimentConfig, str]:
+    """The configuration and what the folder is named after."""
+    if chosen.run is None:
+        name = chosen.config or "digits"
+        return check(merge(read_config_file(name), given)), Path(name).stem
+    if chosen.config is not None:
+        raise ValueError("--config: given beside --run, whose own configuration is used; leave one")
+    run = Path(chosen.run)
+    if not run.is_dir():
+        siblings = run.parent.iterdir() if run.parent.is_dir() else ()
+        close = did_you_mean(run.name, [path.name for path in siblings if path.is_dir()])
+        raise ValueError(f"--run: there is no run folder '{run}'.{close}")
+    for name in ("config.yaml", "student.safetensors"):
+        if not (run / name).is_file():
+            raise ValueError(f"--run: '{run}' is no finished run: it has no {name}")
+    return check(merge(read_config_file(run / "config.yaml"), given)), run.resolve().name
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this project raised it, so that it is a sentence for the user."""
+    if isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.split(".")[0] in ("repfusion_env", "students", "__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

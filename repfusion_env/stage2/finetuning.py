@@ -1,0 +1,357 @@
+"""Fine-tuning a student on labels, with exact resume.
+
+Every random number of a step depends on (seed, step) alone, so nothing random is stored.
+
+Shape letters: M labelled images, B images of a step, S student width, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repfusion_env.checkpoint import load_latest, save_checkpoint
+from repfusion_env.data import ImageBank
+from repfusion_env.noise import derive_seed, own_randomness
+from repfusion_env.progress import Progress
+from repfusion_env.stage2.augmentation import augment, mixer
+from repfusion_env.stage2.labels import label_count, labelled_subset
+from repfusion_env.stage2.loading import pooled
+from repfusion_env.stage2.settings import FinetuneConfig
+from repfusion_env.student import learning_rate_factor
+from students import Backbone, linear_head
+
+KIND = "finetuning"
+EVALUATION_BATCH = 256
+Watcher = Callable[[list[dict[str, float]]], None]
+
+
+class Stopped(Exception):
+    """The caller asked to stop; ``step`` is in a checkpoint where there is a folder for one."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        self.step, self.steps = step, steps
+        super().__init__(f"stopped at step {step:,} of {steps:,}")
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear head on its last stage's average."""
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = linear_head(backbone.feature_channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, C, H, W) in [-1, 1]."""
+        logits: Tensor = self.head(pooled(self.backbone, images))
+        return logits
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """What fine-tuning led to.
+
+    Attributes:
+        accuracy: Held-out accuracy after the last step, in [0, 1]. No earlier and better one is
+            picked, which would choose by the held-out labels.
+        loss: Held-out cross-entropy in nats there.
+        seconds: Spent on training and evaluation, those before a resume included.
+        steps: Optimizer steps.
+        labels: Labelled images used.
+        curve: A row per evaluation: step, loss (mean training loss since the row before),
+            heldout_loss, accuracy, learning_rate.
+        model: The trained classifier in eval mode (the average where ``ema`` is on).
+    """
+
+    accuracy: float
+    loss: float
+    seconds: float
+    steps: int
+    labels: int
+    curve: list[dict[str, float]]
+    model: Classifier
+
+
+def finetune(
+    backbone: Backbone,
+    train: ImageBank,
+    heldout: ImageBank,
+    config: FinetuneConfig,
+    *,
+    checkpoint_folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    interrupted: Callable[[], bool] | None = None,
+    watch: Watcher | None = None,
+) -> FinetuneResult:
+    """Train ``backbone`` with a new linear head on the labels that ``config`` allows.
+
+    Args:
+        backbone: Where to start; it stays as it is.
+        train: Training images, on the device to train on.
+        heldout: Images to evaluate on, on the same device. They choose nothing.
+        config: The settings.
+        checkpoint_folder: Where to save the state now and then; None: nowhere.
+        resume: Go on from the newest checkpoint there, or begin where there is none.
+        progress: Whether to show how far it is.
+        interrupted: Asked after each step; where it says True, the state is saved and
+            :class:`Stopped` is raised.
+        watch: Given the curve after each evaluation.
+
+    Raises:
+        ValueError: More labels than images, a checkpoint of other settings, data or weights, or a
+            loss that is not finite any more.
+        Stopped: ``interrupted`` said so.
+    """
+    run = _Run(backbone, train, heldout, config)
+    folder = None if checkpoint_folder is None else Path(checkpoint_folder)
+    if resume and folder is not None and (latest := load_latest(folder, kind=KIND)) is not None:
+        run.restore(*latest)
+
+    def save() -> None:
+        if folder is not None:
+            keep = config.keep_checkpoints
+            save_checkpoint(folder, run.step, run.state(), kind=KIND, keep=keep)
+
+    if watch is not None:
+        watch(run.curve)
+    bar = Progress(run.steps, "steps", description="fine-tune", initial=run.step)
+    with bar if progress else nullcontext():
+        while run.step < run.steps:
+            started = time.perf_counter()
+            run.train_step()
+            evaluated = run.evaluate_if_due()
+            run.seconds += time.perf_counter() - started
+            if progress:
+                row = run.curve[-1] if evaluated else {}
+                shown = {key: row[key] for key in ("loss", "accuracy") if key in row}
+                bar.update(run.step, **shown)
+            if evaluated and watch is not None:
+                watch(run.curve)
+            stop = interrupted is not None and interrupted() and run.step < run.steps
+            if stop or run.step % config.checkpoint_every == 0 or run.step == run.steps:
+                save()
+            if stop:
+                raise Stopped(run.step, run.steps)
+    last = run.curve[-1]
+    return FinetuneResult(
+        accuracy=last["accuracy"],
+        loss=last["heldout_loss"],
+        seconds=run.seconds,
+        steps=run.steps,
+        labels=len(run.ids),
+        curve=run.curve,
+        model=run.evaluated.eval(),
+    )
+
+
+class _Run:
+    """Model, optimizer, and how far they are."""
+
+    def __init__(
+        self, backbone: Backbone, train: ImageBank, heldout: ImageBank, config: FinetuneConfig
+    ) -> None:
+        self.config, self.train, self.heldout = config, train, heldout
+        count = label_count(config.labels, len(train))
+        self.ids = labelled_subset(train.labels, count, config.seed)
+        self.batch = min(config.batch_size, count)
+        self.steps = config.total_steps(count)
+        classes = len(train.classes)
+        with own_randomness(derive_seed(config.seed, "head")):
+            self.model = Classifier(copy.deepcopy(backbone).cpu(), classes).to(train.device)
+        self.model.requires_grad_(True)
+        self.model.backbone.requires_grad_(not config.frozen)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        self.optimizer = _optimizer(self.model, config)
+        self.mix = mixer(config, classes)
+        self.identity = self._identity(backbone)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=train.device)
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def evaluated(self) -> Classifier:
+        """The averaged model where there is one."""
+        return self.average if self.average is not None else self.model
+
+    def train_step(self) -> None:
+        """One optimizer step."""
+        config, model = self.config, self.model
+        model.train()
+        if config.frozen:
+            model.backbone.eval()
+        ids = self._batch_ids()
+        with own_randomness(derive_seed(config.seed, "step", self.step), self.train.device):
+            images = augment(self.train.pixels(ids), config)
+            targets = self.train.labels[ids]
+            if self.mix is not None:
+                images, targets = self.mix(images, targets)
+            with self._precision():
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.gradient_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        factor = rate_factor(config, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+        if self.average is not None:
+            _follow(self.average, model, config.ema, self.step)
+        self.loss_sum += loss.detach()
+        self.step += 1
+
+    def evaluate_if_due(self) -> bool:
+        """Add a row to the curve at the last step and at those evenly spaced before it."""
+        count = min(self.config.evaluations, self.steps)
+        if self.step * count // self.steps == (self.step - 1) * count // self.steps:
+            return False
+        since = self.step - (int(self.curve[-1]["step"]) if self.curve else 0)
+        loss = float(self.loss_sum) / since
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.step}; try a lower learning_rate than "
+                f"{self.config.learning_rate}, or precision 'fp32'"
+            )
+        self.loss_sum.zero_()
+        heldout_loss, accuracy = evaluate(self.evaluated, self.heldout)
+        rate = self.config.learning_rate * rate_factor(self.config, self.step - 1, self.steps)
+        self.curve.append(
+            {
+                "step": self.step,
+                "loss": loss,
+                "heldout_loss": heldout_loss,
+                "accuracy": accuracy,
+                "learning_rate": rate,
+            }
+        )
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` takes back."""
+        return {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_sum": self.loss_sum,
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Go back to a state of the same settings, images and first weights."""
+        before, now = state["identity"], self.identity
+        if before["settings"] != now["settings"]:
+            old, new = json.loads(before["settings"]), json.loads(now["settings"])
+            changed = [name for name in new if old.get(name) != new[name]]
+            told = ", ".join(f"{name} was {old.get(name)}, now {new[name]}" for name in changed)
+            raise ValueError(f"resume: the run was started with other settings: {told}")
+        for key, noun in (("data", "images"), ("start", "weights")):
+            if before[key] != now[key]:
+                raise ValueError(f"resume: the run was started with other {noun}")
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loss_sum = state["loss_sum"].to(self.train.device)
+        self.curve = [dict(row) for row in state["curve"]]
+        self.seconds, self.step = float(state["seconds"]), step
+
+    def _identity(self, backbone: Backbone) -> dict[str, Any]:
+        values = backbone.state_dict().values()
+        return {
+            "settings": json.dumps(self.config.essential(), sort_keys=True),
+            "data": f"{self.train.fingerprint} {self.heldout.fingerprint}",
+            "start": [float(value.double().abs().sum()) for value in values],
+        }
+
+    def _batch_ids(self) -> Tensor:
+        """The next images of an endless row of passes, each in its own random order."""
+        count = len(self.ids)
+        first = self.step * self.batch
+        parts = []
+        for epoch in range(first // count, (first + self.batch - 1) // count + 1):
+            low = max(first - epoch * count, 0)
+            parts.append(self._pass(epoch)[low : first + self.batch - epoch * count])
+        return torch.cat(parts)
+
+    def _pass(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator()
+            generator.manual_seed(derive_seed(self.config.seed, "order", epoch))
+            order = torch.randperm(len(self.ids), generator=generator).to(self.ids.device)
+            self._order = (epoch, self.ids[order])
+        return self._order[1]
+
+    def _precision(self) -> Any:
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.train.device.type, torch.bfloat16, enabled=enabled)
+
+
+@torch.inference_mode()
+def evaluate(model: Classifier, bank: ImageBank) -> tuple[float, float]:
+    """Cross-entropy in nats and accuracy of ``model`` on all images of ``bank``."""
+    training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=bank.device)
+    right = torch.zeros((), dtype=torch.int64, device=bank.device)
+    for ids in torch.arange(len(bank), device=bank.device).split(EVALUATION_BATCH):
+        logits, labels = model(bank.pixels(ids)), bank.labels[ids]
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        right += (logits.argmax(1) == labels).sum()
+    model.train(training)
+    return float(loss) / len(bank), float(right) / len(bank)
+
+
+def rate_factor(config: FinetuneConfig, step: int, steps: int) -> float:
+    """Factor of the learning rates in step ``step``, counted from 0, of ``steps``."""
+    warmup = int(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    # The warm-up comes on top of a multistep's early part and before a cosine's descent.
+    if config.schedule == "cosine":
+        return learning_rate_factor("cosine", (step - warmup) / max(steps - warmup, 1))
+    return learning_rate_factor(config.schedule, step / steps)
+
+
+def _optimizer(model: Classifier, config: FinetuneConfig) -> torch.optim.Optimizer:
+    rate = config.learning_rate
+    groups: list[dict[str, Any]] = [{"params": list(model.head.parameters()), "lr": rate}]
+    if not config.frozen:
+        body = list(model.backbone.parameters())
+        groups.append({"params": body, "lr": rate * config.backbone_factor})
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the model; faster in the first steps, where it knows little."""
+    weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    for mine, new in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(new)
