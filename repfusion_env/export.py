@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repfusion_env.atomic import write_text
-from repfusion_env.stage2.command_line import Parser, guarded
+from repfusion_env.command_line import Parser, guarded
 from repfusion_env.stage2.run_folder import check_finished
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repfusion_env.stage2.command_line import (
+from repfusion_env.command_line import (
     INTERRUPTED,
     Parser,
     device,

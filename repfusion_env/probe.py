@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repfusion_env.atomic import write_text
-from repfusion_env.stage2.command_line import Parser, device, guarded, number
+from repfusion_env.command_line import Parser, device, guarded, number
 from repfusion_env.stage2.labels import label_count
 from repfusion_env.stage2.run_folder import check_finished
 

@@ -124,7 +124,7 @@ def _question(summary: Summary) -> list[str]:
         "Paired differences seed by seed, learned minus best fixed, with the 95 % interval of "
         "Student's t; accuracies in points. **beats**, **below**: the interval is above or below "
         "0. **reaches**: it holds 0 and no loss larger than "
-        f"{margin:.3f} in reward (a tenth of what the best fixed gains over random) or 1 point of "
+        f"{margin:.3f} in reward (a tenth of the best fixed timestep's) or 1 point of "
         "accuracy. **open**: it holds 0 and larger losses; more seeds would tell. Intervals are "
         "not corrected for the number of comparisons.",
         _table(heads, rows, left=1),

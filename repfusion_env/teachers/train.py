@@ -9,11 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from repfusion_env.checkpoint import load_latest, save_checkpoint
+from repfusion_env.command_line import stop_flag
 from repfusion_env.config import DataConfig
 from repfusion_env.data import ImageBank, load_data
 from repfusion_env.devices import resolve_device
@@ -140,7 +139,7 @@ def run(arguments: dict[str, Any], command: str, console: Console) -> int:
         save_checkpoint(checkpoints, training.step, state, kind=KIND, keep=keep)
 
     batch = arguments["batch_size"]
-    with _interrupt_flag() as interrupted:
+    with stop_flag() as interrupted:
         for _ in train_steps(arguments, training, scheduler, train, console, interrupted):
             if interrupted():
                 save()
@@ -279,29 +278,6 @@ def train_steps(
                 loss=_recent(training.losses),
             )
             yield training.step
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or a termination came; the second one stops at once.
-
-    An exception could strike between the optimizer's step and the average's, and what is saved
-    then would belong to no step.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _resume(arguments: dict[str, Any], folder: Path) -> tuple[int, dict[str, Any]] | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable
 
+from repfusion_env.command_line import device, number
 from repfusion_env.registry import DATASETS
 
 DESCRIPTION = """\
@@ -25,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
             prog, max_help_position=34, width=100
         ),
     )
-    count, index = _number(int, 1), _number(int, 0)
-    rate, decay = _number(float, 0), _number(float, 0, below=1)
+    count, index = number(int, 1), number(int, 0)
+    rate, decay = number(float, 0), number(float, 0, below=1)
 
     data = made.add_argument_group("data")
     option = data.add_argument
@@ -77,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the arithmetic; the weights are trained in fp32 either way",
     )
     option(
-        "--device", type=_device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:INDEX"
+        "--device", type=device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:INDEX"
     )
 
     option = made.add_argument_group("files").add_argument
@@ -94,27 +93,3 @@ def parser() -> argparse.ArgumentParser:
     )
     option("--resume", action="store_true", help="go on where the run in --out stopped")
     return made
-
-
-def _number(
-    kind: Callable[[str], float], low: float, below: float = float("inf")
-) -> Callable[[str], float]:
-    limit = f" and below {below}" if below < float("inf") else ""
-    wanted = "a whole number" if kind is int else "a number"
-
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' given; it must be {wanted}") from None
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} given; it must be {low} or more{limit}")
-        return value
-
-    return number
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"'{text}' given; allowed: auto, cpu, cuda, cuda:<index>")
-    return text

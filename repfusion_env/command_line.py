@@ -1,4 +1,4 @@
-"""What the stage 2 commands share: exit codes, one sentence for bad input, a graceful stop."""
+"""What the package's commands share: exit codes, one sentence for bad input, a graceful stop."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ class Parser(argparse.ArgumentParser):
         return vars(found)
 
 
-def number(kind: type[int] | type[float], low: float) -> Callable[[str], Any]:
-    """An argparse type: a number of ``low`` or more."""
+def number(
+    kind: type[int] | type[float], low: float, below: float = float("inf")
+) -> Callable[[str], Any]:
+    """An argparse type: a number of ``low`` or more, and less than ``below``."""
+    limit = f" and below {below:g}" if below < float("inf") else ""
     wanted = "a whole number" if kind is int else "a number"
 
     def convert(text: str) -> float:
@@ -60,8 +63,8 @@ def number(kind: type[int] | type[float], low: float) -> Callable[[str], Any]:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' given; it must be {wanted}") from None
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} given; it must be {low:g} or more")
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} given; it must be {low:g} or more{limit}")
         return value
 
     return convert
