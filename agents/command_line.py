@@ -12,20 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import (
     ConfigError,
-    accepts_text,
     check,
     merge,
     options,
-    parse_yaml,
     read_config_file,
     sections,
 )
-from repfusion_env.registry import did_you_mean
+from repfusion_env.config_options import read_options
 from repfusion_env.runs import name_problem
 
 USAGE_ERROR = 2
@@ -116,7 +112,13 @@ def parse(
         return Command(None, "", Path(chosen.resume))
     name = chosen.config or default_config
     problems: list[str] = []
-    overrides = _overrides(others, aliases or {}, own or {}, problems)
+    overrides = read_options(
+        others,
+        problems,
+        aliases=aliases,
+        own={key: item.metavar == "BOOL" for key, item in (own or {}).items()},
+        known=("config", "resume", "help"),
+    )
     settings = _settings(overrides, own or {}, problems)
     try:
         config = check(merge(read_config_file(name), overrides))
@@ -206,73 +208,6 @@ def _settings(
         else:
             settings[name] = value
     return settings
-
-
-def _overrides(
-    arguments: list[str],
-    aliases: dict[str, str],
-    own: Mapping[str, OwnOption],
-    problems: list[str],
-) -> dict[str, Any]:
-    """``--key value`` and ``--key=value`` pairs as dotted overrides."""
-    kinds = {name: kind for name, _, kind in options()}
-    allowed = [*kinds, *sections(), *aliases, *own, "config", "resume", "help"]
-    overrides: dict[str, Any] = {}
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        position += 1
-        if not word.startswith("--"):
-            problems.append(f"'{word}': options look like --key value")
-            continue
-        given, equals, text = word[2:].partition("=")
-        key = aliases.get(given, given)
-        known = key in kinds or key in sections() or _is_entry(key, kinds) or key in own
-        if not equals:
-            if position < len(arguments) and not arguments[position].startswith("--"):
-                text = arguments[position]
-                position += 1
-            elif (key in kinds and _is_switch(kinds[key])) or (
-                key in own and own[key].metavar == "BOOL"
-            ):
-                text = "true"
-            elif known:
-                problems.append(f"--{given}: a value is missing")
-                continue
-        if not known:
-            problems.append(f"--{given}: there is no such option.{did_you_mean(given, allowed)}")
-            continue
-        try:
-            overrides[key] = text if key in own else _value(text, kinds.get(key))
-        except yaml.YAMLError:
-            problems.append(f"--{given}: '{text}' is not valid YAML")
-    return overrides
-
-
-def _value(text: str, kind: Any) -> Any:
-    if kind is not None and accepts_text(kind):
-        return None if text == "null" else text
-    value = parse_yaml(text)
-    # One value stands for a list of one: --teacher.layers mid_block
-    return [value] if _takes_list(kind) and isinstance(value, str | int) else value
-
-
-def _is_entry(key: str, kinds: dict[str, Any]) -> bool:
-    """``distillation.losses.hint``: one entry of a mapping."""
-    parent = key.rpartition(".")[0]
-    return parent in kinds and typing.get_origin(kinds[parent]) is dict
-
-
-def _is_switch(kind: Any) -> bool:
-    return kind is bool or (
-        typing.get_origin(kind) is typing.Annotated and typing.get_args(kind)[0] is bool
-    )
-
-
-def _takes_list(kind: Any) -> bool:
-    return typing.get_origin(kind) is tuple or any(
-        typing.get_origin(part) is tuple for part in typing.get_args(kind)
-    )
 
 
 def _help(

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from agents.command_line import INTERRUPTED, guarded, parse
 from agents.comparison.arms import (
     COMMANDS,
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 def _number(name: str, text: str | None, default: int, least: int = 1) -> int:
     if text is None:
         return default
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise ConfigError([f"--{name}: '{text}' given; it must be a whole number from {least}"])
     return int(text)
 
@@ -121,7 +123,7 @@ def _plan(chosen: argparse.Namespace, others: list[str]) -> Plan:
     ).config
     assert config is not None
     known = shipped_arms(config)
-    own = [own_arm(text) for text in chosen.arm]
+    own = [own_arm(text, known) for text in chosen.arm]
     known |= {arm.name: arm for arm in own}
     wanted = None if chosen.arms is None else [w for w in chosen.arms.split(",") if w]
     arms = known if wanted is None else chosen_arms(known, [*wanted, *(a.name for a in own)])
@@ -213,7 +215,10 @@ def _finetuning(others: list[str], without: bool) -> tuple[dict[str, Any] | None
                 raise ConfigError([f"--finetune.{key}: a value is missing"])
             text = others[position]
             position += 1
-        keys[key.replace("-", "_")] = parse_yaml(text)
+        try:
+            keys[key.replace("-", "_")] = parse_yaml(text)
+        except yaml.YAMLError:
+            raise ConfigError([f"--finetune.{key}: '{text}' is not valid YAML"]) from None
     return None if without else _checked(keys), rest
 
 
@@ -271,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = _number("jobs", chosen.jobs, cores or 1)
         code = 0 if chosen.report else _run(plan, jobs)
+        if chosen.report and not plan.results():
+            raise ConfigError([f"--report: '{plan.folder}' holds no result yet"])
         if plan.results():
             from agents.comparison.report import write_report
 

@@ -70,6 +70,14 @@ def conflicts(config: ExperimentConfig, settings: Mapping[str, str]) -> list[str
         found.append("--augment: 'simclr' has its views; give it for --method supervised alone")
     if method == "simclr" and max(config.env.num_envs, config.optimizer.batch_size) == 1:
         found.append("env.num_envs: 'simclr' tells images apart, so a step needs 2 or more")
+    elif method == "simclr" and config.env.group_size >= max(
+        config.env.num_envs, config.optimizer.batch_size
+    ):
+        found.append(
+            f"env.group_size: {config.env.group_size} lanes of the same image are the whole step, "
+            f"and 'simclr' tells images apart; allowed: less than env.num_envs "
+            f"{config.env.num_envs}, or a larger optimizer.batch_size"
+        )
     if method == "supervised" and config.data.labels == "clusters":
         found.append(
             "data.labels: 'clusters' are found by the teacher's features, and 'supervised' has no "

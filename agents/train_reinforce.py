@@ -245,7 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         command = parse(
-            argv, prog=PROG, description=DESCRIPTION, conflicts=conflicts, hidden=("sb3",)
+            argv,
+            prog=PROG,
+            description=DESCRIPTION,
+            conflicts=conflicts,
+            hidden=("sb3", "bandit"),
         )
         from agents.session import run_session
 

@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=DESCRIPTION,
             aliases={"algo": "sb3.algo"},
             conflicts=conflicts,
-            hidden=("reinforce",),
+            hidden=("reinforce", "bandit"),
         )
         name = "sb3"
         if command.config is not None:

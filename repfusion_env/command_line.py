@@ -63,6 +63,8 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' given; it must be {wanted}") from None
+        if value in (float("inf"), float("-inf")) or value != value:
+            raise argparse.ArgumentTypeError(f"{text} given; it must be {wanted}, and finite")
         if not low <= value < below:
             raise argparse.ArgumentTypeError(f"{text} given; it must be {low:g} or more{limit}")
         return value

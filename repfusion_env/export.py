@@ -65,11 +65,12 @@ def _run(argv: Sequence[str] | None) -> int:
 
     from repfusion_env.stage2 import load_student
 
-    export_student(load_student(run), out)
+    saved = load_student(run)
+    export_student(saved, out)
     print(
         f"wrote '{out}' (model.safetensors, config.json, README.md); load it with\n"
         "  from students import load_backbone\n"
-        f'  backbone = load_backbone("{out}")'
+        f'  backbone = load_backbone("{out}"{", own_code=True" if ":" in saved.name else ""})'
     )
     return 0
 

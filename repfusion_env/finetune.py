@@ -24,6 +24,7 @@ from repfusion_env.command_line import (
     stop_flag,
 )
 from repfusion_env.stage2.files import (
+    check_new,
     folder_name,
     open_new,
     read_settings,
@@ -59,8 +60,8 @@ def _run(words: list[str]) -> int:
         if (summary := read_summary(folder)) is not None:
             print(f"'{folder}' is finished: held-out accuracy {100 * summary['accuracy']:.1f} %")
             return 0
-    elif folder.exists():
-        open_new(folder, config, from_scratch=scratch)  # raises its sentence
+    else:
+        check_new(folder)
     return _train(run, folder, config, given, shlex.join(words))
 
 

@@ -13,19 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from repfusion_env.config import ExperimentConfig
-from repfusion_env.config_loading import (
-    ConfigError,
-    accepts_text,
-    check,
-    merge,
-    options,
-    parse_yaml,
-    read_config_file,
-    sections,
-)
+from repfusion_env.config_loading import ConfigError, check, merge, read_config_file
+from repfusion_env.config_options import read_options
 from repfusion_env.landscapes.settings import LandscapeSettings
 from repfusion_env.registry import did_you_mean
 
@@ -105,32 +95,9 @@ def overrides(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: With a sentence for each that is none.
     """
-    kinds = {name: kind for name, _, kind in options()}
-    own = [action.option_strings[-1][2:] for action in parser()._actions]
-    found: dict[str, Any] = {}
     problems: list[str] = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            problems.append(f"'{word}': options look like --key value")
-            continue
-        key, equals, text = word[2:].partition("=")
-        if not equals and words and not words[0].startswith("--"):
-            text, equals = words.pop(0), "="
-        inside = key.rpartition(".")[0] in kinds
-        if key not in kinds and key not in sections() and not inside:
-            known = [*own, *kinds, *sections()]
-            problems.append(f"--{key}: there is no such option.{did_you_mean(key, known)}")
-        elif not equals:
-            problems.append(f"--{key}: a value is missing")
-        elif key in kinds and accepts_text(kinds[key]):
-            found[key] = None if text == "null" else text
-        else:
-            try:
-                found[key] = parse_yaml(text)
-            except yaml.YAMLError:
-                problems.append(f"--{key}: '{text}' is not valid YAML")
+    own = [action.option_strings[-1][2:] for action in parser()._actions]
+    found = read_options(arguments, problems, known=own)
     if problems:
         raise ConfigError(problems)
     return found

@@ -58,6 +58,12 @@ def probe_table(
     from repfusion_env.stage2 import embed, knn_probe, labelled_subset, linear_probe
 
     counts = [label_count(given, len(train)) for given in labels]
+    for given, count in zip(labels, counts, strict=True):
+        if count < 2:
+            raise ValueError(
+                f"labels: {given} of {len(train):,} training images is {count}; a probe needs 2 or "
+                "more to validate its settings"
+            )
     train_x, test_x = embed(backbone, train), embed(backbone, heldout)
     rows = []
     for given, count in zip(labels, counts, strict=True):

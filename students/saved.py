@@ -22,21 +22,29 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-def load_backbone(folder: str | Path) -> Backbone:
+def load_backbone(folder: str | Path, *, own_code: bool = False) -> Backbone:
     """Load an exported student.
 
     Args:
         folder: What ``python -m repfusion_env.export`` wrote.
+        own_code: Whether ``config.json`` may name a builder outside of this package
+            (``module:function``), which is then imported and run. Only for folders that you trust.
 
     Returns:
         The backbone in eval mode, on the CPU. It takes images (N, C, H, W) in [-1, 1] of the size
         in ``config.json`` and gives the map of each stage by its name; the last one is the feature.
 
     Raises:
-        ValueError: A file is missing or damaged, or the weights are of another network.
+        ValueError: A file is missing or damaged, the weights are of another network, or the
+            student is code of one's own and ``own_code`` is off.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if ":" in config["student"] and not own_code:
+        raise ValueError(
+            f"'{folder / CONFIG}' names code of its own, '{config['student']}'; loading runs it, "
+            "so it takes own_code=True, if you trust the folder"
+        )
     # Weights are drawn and then replaced; the caller's random numbers go on as they would have.
     with torch.random.fork_rng(devices=[]):
         backbone = build_backbone(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,7 +117,10 @@ def shipped_arms(config: ExperimentConfig) -> dict[str, Arm]:
             for timestep in grid
         ),
         _bandit(RANDOM, "random t", "simple"),
-        _bandit("annealed", "annealed t", "simple", note="from the grid's highest to its lowest"),
+        _bandit(
+            "annealed", "annealed t", "simple",
+            note="from the grid's highest to its lowest, where it is judged",
+        ),
         _bandit("epsilon_greedy", "epsilon-greedy", "bandit"),
         _bandit("ucb", "UCB", "bandit"),
         _bandit("thompson", "Thompson", "bandit"),
@@ -128,7 +131,7 @@ def shipped_arms(config: ExperimentConfig) -> dict[str, Arm]:
         ),
         _reinforce(
             "reinforce-group", "REINFORCE, group", "rl", "group", {"env.group_size": 4},
-            note="4 lanes hold the same image",
+            note="4 lanes hold the same image, so a step has a quarter as many different ones",
         ),
         *(
             Arm(algo, algo.upper(), "train_sb3", "rl", {"sb3.algo": algo}, effort=effort)
@@ -179,14 +182,18 @@ def _reinforce(
     return Arm(name, label, "train_reinforce", group, overrides, note=note)
 
 
-def own_arm(text: str) -> Arm:
+def own_arm(text: str, known: Collection[str] = ()) -> Arm:
     """An arm from ``NAME={command: train_reinforce, key: value, ...}``.
 
     ``label``, ``group``, ``note`` and ``arguments`` (a list of words) are the arm's; all other keys
     are the configuration's.
 
+    Args:
+        text: As given.
+        known: Names that are taken, beside those of groups and of the best fixed timestep.
+
     Raises:
-        ConfigError: It cannot be read, or names no command or group.
+        ConfigError: It cannot be read, its name is taken, or it names no command or group.
     """
     name, equals, rest = text.partition("=")
     name = name.strip()
@@ -195,6 +202,8 @@ def own_arm(text: str) -> Arm:
             [f"--arm: '{text}' given; write NAME='{{command: train_reinforce, key: value}}', the "
              "name of letters, digits, '_', '-' and '.'"]
         )  # fmt: skip
+    if name in (BEST_FIXED, *GROUPS, *known):
+        raise ConfigError([f"--arm {name}: that name is taken; choose another one"])
     try:
         values = parse_yaml(rest)
     except yaml.YAMLError:
@@ -204,16 +213,18 @@ def own_arm(text: str) -> Arm:
     values = {str(key): value for key, value in values.items()}
     command = str(values.pop("command", "train_reinforce"))
     group = str(values.pop("group", "rl" if command in ("train_reinforce", "train_sb3") else "own"))
+    # The sweep is over the grid: a further arm in it would be chosen as a best fixed timestep.
+    groups = [key for key in GROUPS if key != "fixed"]
     problems = [
         f"--arm {name}: there is no {what} '{given}'.{did_you_mean(given, table)} "
         f"Allowed: {', '.join(table)}"
-        for what, given, table in (("command", command, COMMANDS), ("group", group, GROUPS))
+        for what, given, table in (("command", command, COMMANDS), ("group", group, groups))
         if given not in table
     ]
     if problems:
         raise ConfigError(problems)
     words = values.pop("arguments", [])
-    words = words.split() if isinstance(words, str) else words
+    words = words if isinstance(words, list) else str(words).split()
     return Arm(
         name,
         str(values.pop("label", name)),
@@ -232,7 +243,7 @@ def chosen_arms(known: dict[str, Arm], wanted: Sequence[str]) -> dict[str, Arm]:
         ConfigError: Something is neither.
     """
     names: list[str] = []
-    problems = []
+    problems = [] if wanted else ["--arms: no arm is named; give names, groups or patterns"]
     for word in wanted:
         found = [name for name, arm in known.items() if arm.group == word]
         found = [word] if word in known else found or fnmatch.filter(known, word)

@@ -84,7 +84,9 @@ def run_jobs(
     def hand_out(worker: _Worker) -> None:
         if waiting and not stopping:
             worker.job, worker.busy = waiting.pop(), True
-            worker.pipe.send(worker.job)
+            # One that has died meanwhile is found by the next wait: its pipe has ended.
+            with suppress(OSError):
+                worker.pipe.send(worker.job)
             if started is not None:
                 started(worker.job)
 

@@ -29,7 +29,7 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".avif"),
 )
-GREY_MODES = ("1", "L", "LA")
+GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
 # Files of one task: enough that handing it to a thread costs nothing beside the decoding.
 BLOCK = 64
 MOST_THREADS = 16
@@ -84,11 +84,20 @@ def decoded(source: Path | BytesIO, *, side: int | None, channels: int) -> Tenso
         if side is not None:
             # A JPEG can be decoded at 1/2, 1/4 or 1/8: what is left is still twice the side.
             image.draft(None, (2 * side, 2 * side))
-        picture = image.convert("L" if channels == 1 else "RGB")
+        picture = _eight_bits(image).convert("L" if channels == 1 else "RGB")
     if side is not None and picture.size != (side, side):
         picture = ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR)
     array = torch.from_numpy(np.array(picture))
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits grey brought to 8; Pillow's own conversion would make nearly everything white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode '{image.mode}' have no known range; save 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 @contextmanager

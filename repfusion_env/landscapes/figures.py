@@ -16,15 +16,22 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from repfusion_env import plot_style as style
 from repfusion_env.figures import LINES, SHADES
 from repfusion_env.landscapes.landscape import Landscape
-from repfusion_env.landscapes.selection import Gap, Spread
-from repfusion_env.layer_names import short_names
-
-# Similarity: low is warm, high is cold, so that blocks of like timesteps stand out.
-SIMILARITY = LinearSegmentedColormap.from_list(
-    "similarity", ["#fdf3ea", "#f8d7bd", "#a9c8ea", "#2f6db5", "#0f2f5f"]
+from repfusion_env.landscapes.naming import (
+    last_part,
+    layer_names,
+    number,
+    reward_name,
+    signed,
+    teacher_name,
 )
-# Of heat maps: what is below the scale is grey, not white.
-BETTER_HALF = SHADES.with_extremes(under=style.TILE)
+from repfusion_env.landscapes.selection import Gap, Spread
+
+# Unlike SHADES it does not begin at the color of the paper, on which a cell would be a hole.
+CELLS = LinearSegmentedColormap.from_list(
+    "cells", ["#eef3f8", "#c9def0", "#7fb2dd", "#2f6db5", "#0f2f5f"]
+)
+# On so few timesteps a cell has room for its value; a name may take so many characters.
+MOST_VALUES, LONGEST_NAME = 12, 30
 DPI = 140
 
 
@@ -48,7 +55,7 @@ def maps_figure(found: Landscape) -> Figure:
     """Probe accuracy and reward over (layer, timestep)."""
     panels = [
         ("Linear-probe accuracy (%)", 100 * found.accuracy, found.layers),
-        (f"Held-out reward, {found.reward_kind}", found.reward, found.reward_rows),
+        (f"Held-out reward, {reward_name(found)}", found.reward, found.reward_rows),
     ]
     if len(found.layers) == 1:
         figure = Figure(figsize=(11.0, 3.9), dpi=DPI, facecolor=style.PAPER)
@@ -57,7 +64,7 @@ def maps_figure(found: Landscape) -> Figure:
             _lines(axes, found, values, title, names=False)
             best = int(values[0].argmax())
             axes.plot(best, values[0, best], "o", color=style.ORANGE, markersize=7, zorder=5)
-            note = f"best {_number(values[0, best])} at t = {found.timesteps[best]}"
+            note = f"best {number(values[0, best])} at t = {found.timesteps[best]}"
             style.right_title(axes, note, style.ORANGE)
         _heading(figure, found, 0.07, 0.92)
         return figure
@@ -74,10 +81,10 @@ def maps_figure(found: Landscape) -> Figure:
 
 def selection_figure(found: Landscape) -> Figure:
     """What a choice for each image is worth: gains, best timesteps, spread of the rewards."""
-    figure = Figure(figsize=(14.0, 4.5), dpi=DPI, facecolor=style.PAPER)
-    _gains(figure.add_axes((0.115, 0.15, 0.205, 0.60)), found)
-    _best_timesteps(figure.add_axes((0.365, 0.15, 0.26, 0.60)), found)
-    _spread(figure.add_axes((0.825, 0.15, 0.165, 0.60)), found)
+    figure = Figure(figsize=(14.0, 4.3), dpi=DPI, facecolor=style.PAPER)
+    _gains(figure.add_axes((0.115, 0.15, 0.205, 0.64)), found)
+    _best_timesteps(figure.add_axes((0.375, 0.15, 0.25, 0.64)), found)
+    _spread(figure.add_axes((0.715, 0.15, 0.135, 0.64)), found)
     _heading(figure, found, 0.015, 0.925, row=True)
     return figure
 
@@ -90,8 +97,10 @@ def representation_figure(found: Landscape) -> Figure:
         ("Share of the energy between images", 100 * found.spread_share, "%"),
         ("Feature norm", found.norm, "mean over images"),
     )
+    # Without a legend at the right the panels are wider.
+    step, wide = (0.272, 0.215) if len(found.layers) > 1 else (0.325, 0.275)
     for place, (title, values, label) in enumerate(panels):
-        axes = figure.add_axes((0.05 + 0.272 * place, 0.15, 0.215, 0.63))
+        axes = figure.add_axes((0.05 + step * place, 0.15, wide, 0.63))
         _lines(axes, found, values, title, label)
     if len(found.layers) > 1:
         handles, names = figure.axes[-1].get_legend_handles_labels()
@@ -117,10 +126,16 @@ def cka_figure(found: Landscape) -> Figure:
     columns = min(count, 4)
     rows = -(-count // columns)
     wide, tall, left, top = 2.75, 2.95, 0.62, 0.55
-    width = max(left + columns * wide + 0.55, 6.2)
+    heading = (
+        "Linear CKA between timesteps (debiased)",
+        "1: two timesteps tell the same of images",
+    )
+    text = ": ".join(heading) if columns > 2 else "\n".join(heading)
+    top += 0.0 if columns > 2 else 0.2
+    width = max(left + columns * wide + 0.55, 4.4)
     height = top + rows * tall + 0.02
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=style.PAPER)
-    names = short_names(found.layers, 30)
+    names = layer_names(found.layers, LONGEST_NAME)
     places, labels = style.grid_ticks(found.timesteps, 6)
     mesh = None
     for index in range(count):
@@ -129,9 +144,7 @@ def cka_figure(found: Landscape) -> Figure:
         axes = figure.add_axes((x / width, y / height, 2.2 / width, 2.2 / height))
         style.style_axes(axes)
         axes.grid(visible=False)
-        mesh = axes.imshow(
-            found.cka_debiased[index], origin="lower", cmap=SIMILARITY, vmin=0, vmax=1
-        )
+        mesh = axes.imshow(found.cka_debiased[index], origin="lower", cmap=CELLS, vmin=0, vmax=1)
         style.label_axes(axes, names[index], size=8.5)
         axes.set_xticks(places, labels)
         axes.set_yticks(places, labels if column == 0 else [""] * len(places))
@@ -142,14 +155,14 @@ def cka_figure(found: Landscape) -> Figure:
         ((left + columns * wide - 0.35) / width, 0.47 / height, 0.1 / width, 2.2 / height)
     )
     _scale(figure, mesh, strip)
-    heading = "Linear CKA between timesteps (debiased)"
     figure.text(
-        left / width,
-        1 - 0.32 / height,
-        f"{heading}: 1 where two timesteps tell the same of images",
-        fontsize=12 if columns > 2 else 9.5,
+        0.2 / width,
+        1 - 0.2 / height,
+        text,
+        fontsize=12 if columns > 2 else 10,
         color=style.INK,
         fontweight="bold",
+        va="top",
     )
     return figure
 
@@ -158,18 +171,15 @@ def layer_colors(count: int) -> list[object]:
     """One color for each layer; more layers than colors take shades from light to dark."""
     if count <= 2:
         return list(LINES[:count])
-    return [SHADES(0.28 + 0.72 * index / (count - 1)) for index in range(count)]
+    return [SHADES(0.36 + 0.64 * index / (count - 1)) for index in range(count)]
 
 
 def _heading(figure: Figure, found: Landscape, x: float, y: float, row: bool = False) -> None:
-    judged = f", reward by the student of {_last(found.run)}" if found.run else ""
+    judged = f", reward by the student of {last_part(found.run)}" if found.run else ""
     layer = f", {found.reward_rows[found.main]}" if row else ""
-    text = f"{found.teacher} on {found.data}, {found.teacher_input} input{layer}{judged}"
+    teacher = f"Teacher {teacher_name(found)} on {found.data}"
+    text = f"{teacher}, {found.teacher_input} input{layer}{judged}"
     figure.text(x, y, text, fontsize=12, color=style.INK, fontweight="bold").set_parse_math(False)
-
-
-def _last(run: str | None) -> str:
-    return str(run).rstrip("/").rpartition("/")[2]
 
 
 def _heat_map(
@@ -185,41 +195,45 @@ def _heat_map(
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     style.label_axes(axes, title, "timestep" if last else "")
-    # A teacher's ruin at high noise would take all the shades; they are for the better half.
-    low, high = float(np.median(values)), float(values.max())
+    low, high = float(values.min()), float(values.max())
     low = min(low, high - 1e-9)
-    mesh = axes.pcolormesh(
-        values, cmap=BETTER_HALF, vmin=low, vmax=high, edgecolors="w", linewidth=0.6
-    )
+    mesh = axes.pcolormesh(values, cmap=CELLS, vmin=low, vmax=high, edgecolors="w", linewidth=0.6)
+    told = values.shape[1] <= MOST_VALUES
     for row, best in enumerate(values.argmax(1)):
         whole = values[row, best] == high
         color = style.ORANGE if whole else style.PAPER
-        axes.plot(best + 0.5, row + 0.5, "o", color=color, markersize=8 if whole else 4.5, mew=0)
+        x = best + (0.13 if told else 0.5)
+        axes.plot(x, row + 0.5, "o", color=color, markersize=8 if whole else 4.5, mew=0)
+    for row, column in np.ndindex(values.shape) if told else ():
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            number(float(values[row, column])),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=style.PAPER if values[row, column] > (low + high) / 2 else style.INK,
+        )
     place = int(values.argmax()) % values.shape[1]
-    note = f"best {_number(high)} at t = {found.timesteps[place]}"
+    note = f"best {number(high)} at t = {found.timesteps[place]}"
     style.right_title(axes, f"{note} (white: each layer's best)", style.ORANGE)
     places, labels = style.grid_ticks(found.timesteps, 14)
     axes.set_xticks(np.array(places) + 0.5, labels)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, short_names(rows, 30))
+    axes.set_yticks(np.arange(len(rows)) + 0.5, layer_names(rows, LONGEST_NAME))
     for label, name in zip(axes.get_yticklabels(), rows, strict=True):
         if name == found.reward_rows[found.main]:
             label.set_fontweight("bold")
             label.set_color(style.INK)
     box = axes.get_position()
     strip = figure.add_axes((box.x1 + 0.012, box.y0, 0.011, box.height))
-    _scale(figure, mesh, strip, at_most=float(values.min()) < low)
+    _scale(figure, mesh, strip)
 
 
-def _scale(figure: Figure, mesh: object, strip: Axes, at_most: bool = False) -> None:
+def _scale(figure: Figure, mesh: object, strip: Axes) -> None:
     scale = figure.colorbar(mesh, cax=strip)  # type: ignore[arg-type]
     scale.outline.set_visible(False)  # type: ignore[operator]
     scale.ax.yaxis.set_major_locator(MaxNLocator(4))
-    if at_most:
-        low = mesh.get_clim()[0]  # type: ignore[attr-defined]
-        scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-        scale.ax.set_title(
-            f"grey < {_number(low)}", fontsize=7, color=style.MUTED, loc="left", pad=5
-        )
+    scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     scale.ax.tick_params(labelsize=7.5, labelcolor=style.MUTED, length=0)
 
 
@@ -228,7 +242,7 @@ def _lines(
 ) -> None:
     style.style_axes(axes)
     style.label_axes(axes, title, "timestep", y)
-    shown = short_names(found.layers, 24)
+    shown = layer_names(found.layers, 26)
     for row, color in zip(range(len(values)), layer_colors(len(values)), strict=True):
         mine = names and len(values) > 1 and found.layers[row] == found.reward_rows[found.main]
         axes.plot(
@@ -249,12 +263,13 @@ def _gains(axes: Axes, found: Landscape) -> None:
     bars: list[tuple[str, Gap, str]] = [("best draw of each image\n(naive)", chosen.naive, "n")]
     if chosen.split_noise is not None:
         bars.append(("image's own best t\n(split noise)", chosen.split_noise, "s"))
+    fixed = chosen.predictor.kind == "fixed"
     bars.append(("chosen from the\nobservation", chosen.observable, "o"))
     colors = {"n": style.FAINT, "s": style.PALE_BLUE, "o": style.BLUE}
     style.style_axes(axes)
     axes.grid(visible=False)
     axes.grid(axis="x", color=style.FAINT, linewidth=0.8)
-    style.label_axes(axes, f"Gain over the best fixed t = {chosen.best_fixed}", "reward")
+    style.label_axes(axes, f"Gain over the best fixed t = {chosen.best_fixed}", reward_name(found))
     axes.axvline(0, color=style.INK, linewidth=1.2, zorder=4)
     ends = [0.0, *(value for _, one, _ in bars for value in (one.low, one.high))]
     span = max(ends) - min(ends) or 1.0
@@ -262,7 +277,7 @@ def _gains(axes: Axes, found: Landscape) -> None:
         axes.barh(place, one.gain, height=0.55, color=colors[kind], zorder=2)
         axes.plot([one.low, one.high], [place, place], color=style.INK, linewidth=1.4, zorder=5)
         axes.annotate(
-            _signed(one.gain),
+            "0: nothing beat the fixed t" if kind == "o" and fixed else signed(one.gain),
             (max(one.high, 0.0), place),
             xytext=(5, 0),
             textcoords="offset points",
@@ -314,16 +329,16 @@ def _spread(axes: Axes, found: Landscape) -> None:
     chosen = found.selection
     columns = (("whole grid", chosen.spread), (f"best {len(chosen.top)}", chosen.spread_at_top))
     parts = (
-        ("timestep:\na fixed choice's", "timestep", style.ORANGE),
-        ("image x timestep:\na choice per image's", "interaction", style.BLUE),
-        ("image: difficulty", "image", style.PALE_BLUE),
+        ("timestep: what a\nfixed choice can use", "timestep", style.ORANGE),
+        ("image x timestep: what a\nchoice per image could use", "interaction", style.BLUE),
+        ("image: its difficulty", "image", style.PALE_BLUE),
         ("noise draw", "noise", style.FAINT),
     )
     style.style_axes(axes)
     style.label_axes(axes, "What makes rewards differ", "timesteps", "% of the variance")
     for place, (_, spread) in enumerate(columns):
         bottom = 0.0
-        for _, part, color in parts:
+        for name, part, color in parts:
             share = 100 * _share(spread, part)
             axes.bar(
                 place,
@@ -332,6 +347,7 @@ def _spread(axes: Axes, found: Landscape) -> None:
                 bottom=bottom,
                 color=color,
                 linewidth=0,
+                label=name if place == 0 else None,
             )
             if share >= 5:
                 dark = color in (style.ORANGE, style.BLUE)
@@ -348,26 +364,18 @@ def _spread(axes: Axes, found: Landscape) -> None:
     axes.set_xticks(range(len(columns)), [name for name, _ in columns])
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(0, 100)
-    _names_beside(axes, columns[0][1], parts)
-
-
-def _names_beside(axes: Axes, spread: Spread, parts: Sequence[tuple[str, str, str]]) -> None:
-    """Names of the parts at the left of the first column, kept apart."""
-    bottom, last = 0.0, -100.0
-    for name, part, color in parts:
-        share = 100 * _share(spread, part)
-        middle = max(bottom + share / 2, last + 14.0)
-        last, bottom = middle, bottom + share
-        axes.text(
-            -0.30,
-            middle / 100,
-            name,
-            transform=axes.transAxes,
-            ha="right",
-            va="center",
-            fontsize=8,
-            color=color if color in (style.ORANGE, style.BLUE) else style.MUTED,
-        )
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1],
+        names[::-1],
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=style.INK,
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.0),
+        labelspacing=1.0,
+        handlelength=1.2,
+    )
 
 
 def _share(spread: Spread, part: str) -> float:
@@ -379,12 +387,3 @@ def _timestep_axis(axes: Axes, timesteps: Sequence[int], most: int) -> None:
     places, labels = style.grid_ticks(timesteps, most)
     axes.set_xticks(places, labels)
     axes.set_xlim(-0.3, len(timesteps) - 0.7)
-
-
-def _number(value: float) -> str:
-    text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")

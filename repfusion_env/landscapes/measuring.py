@@ -116,7 +116,9 @@ def measure(
     main = next((place for place, row in enumerate(rows) if row in own), 0)
     widths = tuple(teacher.feature_shapes[layer][0] for layer in layers)
     image_rewards = heldout.mean(1)  # (R, T, M')
-    lowest, highest = _examples(parts.heldout, heldout_ids, image_rewards[main], timesteps)
+    lowest, highest = _examples(
+        parts.heldout, heldout_ids, image_rewards[main], timesteps, selections[main].best_fixed
+    )
     return Landscape(
         teacher=config.teacher.model,
         data=parts.train.name,
@@ -286,15 +288,15 @@ def _similarities(readings: list[Reading], widths: Sequence[int], *, debiased: b
 
 
 def _examples(
-    bank: ImageBank, ids: Tensor, rewards: np.ndarray, timesteps: Sequence[int]
+    bank: ImageBank, ids: Tensor, rewards: np.ndarray, timesteps: Sequence[int], fixed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Images of ``rewards`` (T, M') with the lowest and with the highest best timestep.
 
-    Among equals those come first that lose most at the best fixed timestep: of an image that every
+    Among equals those come first that lose most at the ``fixed`` timestep: of an image that every
     timestep solves, the best one says nothing.
     """
     best = rewards.argmax(0)
-    gains = rewards.max(0) - rewards[rewards.mean(1).argmax()]
+    gains = rewards.max(0) - rewards[list(timesteps).index(fixed)]
 
     def example(place: int) -> Example:
         image = bank.pixels(ids[place : place + 1])[0].cpu().numpy()

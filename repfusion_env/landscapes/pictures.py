@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from repfusion_env import plot_style as style
 from repfusion_env.landscapes.denoising import Denoising
 from repfusion_env.landscapes.landscape import Example, Landscape
+from repfusion_env.landscapes.naming import teacher_name
 from repfusion_env.lane_view import as_pictures
 
 DPI = 140
@@ -45,7 +46,8 @@ def examples_figure(found: Landscape) -> Figure:
     figure.text(
         0.2 / wide,
         1 - 0.3 / height,
-        f"{found.data}: best t, class, and what is gained over t = {found.selection.best_fixed}",
+        f"{found.data}: best t in hindsight (noise included), class, and reward above that of "
+        f"t = {found.selection.best_fixed}",
         fontsize=10,
         color=style.MUTED,
     )
@@ -78,6 +80,8 @@ def reconstructions_figure(found: Landscape) -> Figure:
                 color=style.MUTED,
             )
             for column, tile in enumerate(tiles):
+                if tile is None:
+                    continue
                 x = left + column * (side + gap) + (0.12 if column else 0.0)
                 axes = figure.add_axes((x / wide, bottom / height, side / wide, side / height))
                 _show(axes, tile)
@@ -105,7 +109,7 @@ def reconstructions_figure(found: Landscape) -> Figure:
     figure.text(
         0.2 / wide,
         1 - 0.32 / height,
-        f"{found.teacher} as a denoising autoencoder",
+        f"Teacher {teacher_name(found)} as a denoising autoencoder",
         fontsize=12,
         color=style.INK,
         fontweight="bold",
@@ -113,13 +117,15 @@ def reconstructions_figure(found: Landscape) -> Figure:
     return figure
 
 
-def _as_shown(denoising: Denoising, image: int) -> list[tuple[str, list[np.ndarray]]]:
-    """The two rows of one image, clean one first."""
+def _as_shown(denoising: Denoising, image: int) -> list[tuple[str, list[np.ndarray | None]]]:
+    """The two rows of one image, clean one first; below a picture come the latents, if any."""
     picture, clean = denoising.images[image], denoising.clean[image]
-    rows: list[tuple[str, list[np.ndarray]]] = []
+    rows: list[tuple[str, list[np.ndarray | None]]] = []
+    latent = clean.shape != picture.shape
     for name, tiles in (("noised", denoising.noised), ("restored", denoising.restored)):
         shown = as_pictures(tiles[:, image], clean, picture)
-        first = picture if name == "noised" else as_pictures(clean[None], clean, picture)[0]
+        below = as_pictures(clean[None], clean, picture)[0] if latent else None
+        first = picture if name == "noised" else below
         rows.append((name, [first, *shown]))
     return rows
 

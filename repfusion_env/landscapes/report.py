@@ -16,6 +16,7 @@ import numpy as np
 
 from repfusion_env.atomic import write_text
 from repfusion_env.landscapes.landscape import Landscape
+from repfusion_env.landscapes.naming import teacher_name
 from repfusion_env.landscapes.selection import Gap, Selection, Spread
 from repfusion_env.landscapes.verdict import verdict
 
@@ -145,7 +146,7 @@ def as_markdown(found: Landscape, figures: list[str]) -> str:
         else f"{found.reward_kind} of the student of `{found.run}`"
     )
     lines = [
-        f"# Landscape of `{found.teacher}` on {found.data}",
+        f"# Landscape of `{teacher_name(found)}` on {found.data}",
         "",
         f"**{verdict(found)}**",
         "",
@@ -169,7 +170,7 @@ def as_markdown(found: Landscape, figures: list[str]) -> str:
     if chosen.split_noise is not None:
         lines.append(_row("each image's own best timestep (split noise)", chosen.split_noise))
     lines += [
-        _row(f"chosen from the observation ({chosen.predictor.kind})", chosen.observable),
+        _row(f"chosen from the observation ({_predictor(chosen)})", chosen.observable),
         "",
         "| variance of the reward | whole grid | best "
         f"{len(chosen.top)} timesteps ({chosen.top[0]} to {chosen.top[-1]}) |",
@@ -211,6 +212,12 @@ def as_markdown(found: Landscape, figures: list[str]) -> str:
 
 def _row(name: str, one: Gap) -> str:
     return f"| {name} | {one.gain:+.3f} | {one.low:+.3f} to {one.high:+.3f} |"
+
+
+def _predictor(chosen: Selection) -> str:
+    if chosen.predictor.kind == "fixed":
+        return "the fixed choice: no predictor beat it in cross-validation"
+    return f"{chosen.predictor.kind} regression"
 
 
 def _agreement(chosen: Selection) -> str:

@@ -70,8 +70,10 @@ class Selection:
         random_reward: Of uniformly random timesteps.
         naive: The mean of each image's highest reward of one draw, above ``fixed_reward``; inflated
             by the noise, for which an image's best draw is mistaken for its best timestep.
-        split_noise: Each image's best timestep by the other draws, scored on a draw of its own:
-            what knowing the image's rewards (from so many draws) is worth. None with one draw.
+        split_noise: Each image's best timestep by the other draws, scored on a draw that had no
+            part in it: what knowing the image's rewards (from so many draws) is worth. An unbiased
+            value of that choice, and so a lower bound of what perfect knowledge is worth. None with
+            one draw.
         observable: What a predictor from the agent's observation gains, learned from the training
             images alone.
         predictor: How it predicts, chosen by cross-validation on the training images.
@@ -129,10 +131,12 @@ def measure_selection(
     naive = heldout.max(1).mean(0) - mean[fixed]
     split = np.zeros(images)
     if draws > 1:
-        noise = heldout.var(0, ddof=1).mean(1)  # (T,)
         for draw in range(draws):
-            others = (heldout.sum(0) - heldout[draw]) / (draws - 1)
-            best = _shrunken(others, noise / (draws - 1)).argmax(0)
+            others = np.delete(heldout, draw, 0)
+            # The draw that is scored has no part in the choice. One draw alone does not tell its
+            # noise; then that of the training images stands in for it.
+            noise = (others if draws > 2 else train).var(0, ddof=1).mean(1)  # (T,)
+            best = _without_noise(others.mean(0), noise / (draws - 1)).argmax(0)
             split += (heldout[draw][best, everyone] - heldout[draw][fixed]) / draws
     predictor, chosen = choose_predictor(
         train.mean(0).T,
@@ -188,19 +192,21 @@ def variance_components(rewards: np.ndarray) -> Spread:
     )
 
 
-def _shrunken(rewards: np.ndarray, noise: np.ndarray) -> np.ndarray:
+def _without_noise(rewards: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """What rewards (T, M) are without their noise, of variance (T,) at each timestep.
 
-    An image's deviation at a timestep counts as far as such deviations are more than noise
-    (empirical Bayes; Efron & Morris, 1975). Without it a timestep that is ruinous and noisy wins
-    some images by luck, and knowing rewards would look worse than not knowing them.
+    The best linear prediction of the noiseless rewards, with the covariance between timesteps that
+    is left when the noise is taken away (empirical Bayes; Efron & Morris, 1975). Without it a
+    timestep that is ruinous and noisy wins some images by luck, and knowing rewards would look
+    worse than not knowing them.
     """
     means = rewards.mean(1, keepdims=True)
     deviations = rewards - means
-    deviations = deviations - deviations.mean(0, keepdims=True)  # difficulty aside
-    kept = 1.0 - noise / np.maximum(deviations.var(1), 1e-12)
-    shrunken: np.ndarray = means + kept.clip(0.0, 1.0)[:, None] * deviations
-    return shrunken
+    total = deviations @ deviations.T / max(rewards.shape[1] - 1, 1)
+    values, vectors = np.linalg.eigh(total - np.diag(noise))
+    own = (vectors * values.clip(0.0)) @ vectors.T
+    kept: np.ndarray = own @ np.linalg.pinv(own + np.diag(noise), hermitian=True) @ deviations
+    return means + kept
 
 
 def _agreement(rewards: np.ndarray, grid: np.ndarray) -> float | None:

@@ -21,34 +21,40 @@ def verdict(found: Landscape) -> str:
         little = ", but little" if observable.gain < WORTH_NAMING * room else ""
         best = "" if split is None else f"; knowing each image's own best would gain {_told(split)}"
         return (
-            f"Per-sample selection can pay{little}: a timestep chosen from the observation gains "
+            f"Per-sample selection can pay{little}: by this reward, on held-out images, a timestep "
+            f"chosen from the observation gains "
             f"{_told(observable)} over {fixed}, which itself is worth {room:+.3f} over random "
             f"timesteps{best}."
         )
     least = WORTH_NAMING * max(room, 1e-12)
+    found_none = chosen.predictor.kind == "fixed"
+    seen = (
+        "no predictor from the observation beat it in cross-validation"
+        if found_none
+        else f"one chosen from the observation gains {_told(observable)}"
+    )
     if split is not None and max(split.high, observable.high) < least:
         return (
-            f"Per-sample selection cannot pay here: even each image's own best timestep, known "
-            f"from {draws}, gains {_told(split)} over {fixed}; the naive "
-            f"maximum of {chosen.naive.gain:+.3f} is noise."
+            f"Per-sample selection would gain next to nothing here: each image's own best "
+            f"timestep, as far as {draws} can tell it, gains {_told(split)} over {fixed}, less "
+            f"than a hundredth of what that is worth over random timesteps, and {seen}; most of "
+            f"the naive maximum of {chosen.naive.gain:+.3f} is noise."
         )
     if split is None:
         return (
-            f"Per-sample selection has not been shown to pay: a timestep chosen from the "
-            f"observation gains {_told(observable)} over {fixed}, while the best of each image in "
-            f"hindsight gains {chosen.naive.gain:+.3f}."
+            f"Per-sample selection has not been shown to pay over {fixed}: {seen}, while the best "
+            f"of each image in hindsight gains {chosen.naive.gain:+.3f}."
         )
     if split.low <= 0:
         return (
-            f"Per-sample selection has not been shown to pay: each image's own best timestep, "
-            f"known from {draws}, gains {_told(split)} over {fixed}, and one "
-            f"chosen from the observation {_told(observable)}."
+            f"Per-sample selection has not been shown to pay over {fixed}: each image's own best "
+            f"timestep, as far as {draws} can tell it, gains {_told(split)}, and {seen}."
         )
     return (
-        f"Per-sample selection has something to find, but the observation does not show it: each "
-        f"image's own best timestep, known from {draws}, gains "
-        f"{_told(split)} over {fixed}, one chosen from the observation {_told(observable)}; expect "
-        f"an agent to reach the best fixed timestep, not to beat it."
+        f"Per-sample selection has something to find, but it was not found in the observation: "
+        f"each image's own best timestep, known from its rewards under {draws} and so from its "
+        f"label, gains {_told(split)} over {fixed}, and {seen}. An agent with this observation is "
+        f"likelier to reach the best fixed timestep than to beat it."
     )
 
 

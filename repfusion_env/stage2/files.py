@@ -35,18 +35,28 @@ def folder_name(labels: str | int | float, *, from_scratch: bool, name: str | No
     return "-".join([*parts, *(["scratch"] if from_scratch else []), *([name] if name else [])])
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds something; an empty one is what a kill left at the very start.
+
+    Raises:
+        ValueError: See above.
+    """
+    if folder.exists():
+        if not folder.is_dir() or any(item.suffix != ".tmp" for item in folder.iterdir()):
+            raise ValueError(
+                f"'{folder}' exists already; go on with it by --resume, or choose another --name"
+            )
+        remove_leftovers(folder, "config.json")
+
+
 def open_new(folder: Path, config: FinetuneConfig, *, from_scratch: bool) -> None:
     """Make ``folder`` and write the settings.
 
     Raises:
         ValueError: It exists already. Nothing is overwritten.
     """
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise ValueError(
-            f"'{folder}' exists already; go on with it by --resume, or choose another --name"
-        ) from None
+    check_new(folder)
+    folder.mkdir(exist_ok=True)
     about = {"from_scratch": from_scratch, "settings": asdict(config)}
     write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
 

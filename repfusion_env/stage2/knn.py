@@ -18,7 +18,8 @@ from repfusion_env.stage2.splits import check_labels, validation_splits
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
-CHUNK = 1024
+# Similarities held at a time: 256 MB of float32.
+MOST_SIMILARITIES = 2**26
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,14 @@ def _right(
     """How many queries each number of neighbours gets right, (len(numbers),) float64."""
     features, labels = bank
     right = torch.zeros(len(numbers), dtype=torch.float64)
-    for x, y in zip(queries[0].split(CHUNK), queries[1].split(CHUNK), strict=True):
+    chunk = max(1, min(1024, MOST_SIMILARITIES // len(features)))
+    for x, y in zip(queries[0].split(chunk), queries[1].split(chunk), strict=True):
         similar, nearest = (x @ features.T).topk(max(numbers), dim=1)  # (T, K)
         # Relative to the nearest one, so that no exponential overflows.
         weights = ((similar - similar[:, :1]) / temperature).exp()
-        votes = F.one_hot(labels[nearest], classes) * weights[..., None]  # (T, K, C)
+        voters = labels[nearest]
         for place, number in enumerate(numbers):
-            guess = votes[:, :number].sum(1).argmax(1)
-            right[place] += int((guess == y).sum())
+            votes = weights.new_zeros(len(x), classes)
+            votes.scatter_add_(1, voters[:, :number], weights[:, :number])
+            right[place] += int((votes.argmax(1) == y).sum())
     return right

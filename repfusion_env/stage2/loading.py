@@ -86,13 +86,15 @@ def load_banks(
     """The run's training and held-out images, on ``device``.
 
     Raises:
-        ValueError: The images have no labels of their own, without which there is no stage 2.
+        ValueError: The images came without labels, without which there is no stage 2. Those of a
+            run on pseudo-labels (``data.labels: clusters``) are the ones that they came with.
     """
     train, heldout = load_data(config.data)
-    if len(train.classes) < 2 or config.data.labels != "given":
+    if len(train.classes) < 2:
         raise ValueError(
             f"data set '{train.name}' has no labels, so there is nothing to probe or to fine-tune "
-            "on; give --data.path of labelled images, one folder per class"
+            "on; stage 2 needs a run on images that came with two classes or more, which stage 1 "
+            "may ignore by data.labels clusters"
         )
     return train.to(device), heldout.to(device)
 

@@ -17,9 +17,10 @@ def model_card(saved: SavedStudent) -> str:
     channels, size = saved.in_channels, saved.image_size
     parameters = sum(weight.numel() for weight in backbone.parameters())
     stages = ", ".join(f"`{name}` ({width})" for name, width in backbone.channels.items())
+    own = ", own_code=True" if ":" in saved.name else ""
     usage = f"""```python
 from students import load_backbone
-backbone = load_backbone("FOLDER")
+backbone = load_backbone("FOLDER"{own})
 maps = backbone(images)  # images (N, {channels}, {size}, {size}) in [-1, 1]
 ```"""
     return f"""---
@@ -58,9 +59,15 @@ def _origin(saved: SavedStudent, run: dict[str, Any], summary: dict[str, Any]) -
     if _teacher_images(summary) == 0:
         return f"It was trained without a teacher, by `{run['agent']}`."
     return (
-        f"It learned by matching features of the frozen teacher `{saved.config.teacher.model}` "
+        f"It learned by matching features of the frozen teacher `{_teacher(saved)}` "
         f"at timesteps chosen by `{run['agent']}`."
     )
+
+
+def _teacher(saved: SavedStudent) -> str:
+    """The teacher's name; of a folder on this machine the last part, the rest being private."""
+    model = saved.config.teacher.model
+    return Path(model).name if Path(model).expanduser().is_absolute() else model
 
 
 def _teacher_images(summary: dict[str, Any]) -> int | None:
@@ -78,7 +85,7 @@ def _training(
             f"{name} {weight:g}" for name, weight in config.distillation.losses.items()
         )
         rows += [
-            ("teacher", f"{config.teacher.model}, {config.teacher.input} input"),
+            ("teacher", f"{_teacher(saved)}, {config.teacher.input} input"),
             ("distillation losses", losses),
         ]
         if config.distillation.task_weight:
@@ -100,11 +107,10 @@ def _measured(saved: SavedStudent, summary: dict[str, Any]) -> str:
     parts = []
     accuracy = (summary.get("student") or {}).get("linear_probe_accuracy")
     if accuracy is not None:
+        most = saved.config.evaluation.probe_images
         parts.append(
-            f"Linear probe at the end of the run, all labels: {100 * accuracy:.1f} % of "
-            f"{summary['heldout_images']:,} held-out images."
-            if "heldout_images" in summary
-            else f"Linear probe at the end of the run, all labels: {100 * accuracy:.1f} %."
+            f"Linear probe at the end of the run, fitted to at most {most:,} training images: "
+            f"{100 * accuracy:.1f} % of the held-out images."
         )
     path = saved.folder / "probe.json"
     if path.is_file():

@@ -191,7 +191,7 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert "(default: {hint: 1.0})" in text and "(default: [])" in text
     assert "--sb3.algo TEXT, --algo TEXT" in text
     assert "--teacher.input {noised,clean}" in text
-    assert "--reinforce." not in text
+    assert "--reinforce." not in text and "--bandit." not in text
     for section in ("data", "teacher", "observation", "evaluation"):
         assert f"--{section}." in text
 
@@ -204,6 +204,7 @@ try:
     main(["--help"])
 except SystemExit:
     pass
+print("END OF HELP")
 assert main(["--env.action", "continuous", "--teacher.layers", "nothing"]) == 2
 from agents.train_sb3 import main
 assert main(["--algo", "sac"]) == 2
@@ -211,3 +212,6 @@ print({"torch", "diffusers", "matplotlib", "stable_baselines3"} & set(sys.module
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+    shown = done.stdout.partition("END OF HELP")[0]
+    assert "--reinforce.baseline" in shown
+    assert "--sb3." not in shown and "--bandit." not in shown

@@ -147,6 +147,7 @@ def test_the_best_fixed_timestep_is_chosen_per_seed_and_costs_the_sweep(filled: 
     assert best.scores("reward") == pytest.approx([-0.5, -0.51, -0.52, -0.53])
     assert best.scores("linear 10%") == pytest.approx([0.6, 0.6, 0.6, 0.65])
     assert summary.cost("best-fixed") == 3 * 1100
+    assert summary.sweep_cost is not None
     assert summary.cost("ucb") / summary.sweep_cost == pytest.approx(1 / 3)
     difference = summary.difference("ucb", "best-fixed", "reward")
     assert difference is not None and difference.value == pytest.approx(0.2)
@@ -205,6 +206,14 @@ def test_own_arms_and_patterns_choose_what_they_say() -> None:
         (["--arms", "dqn", "--env.action", "continuous"], "arm 'dqn'"),
         (["--arm", "x={command: train_control, arguments: --method simcr}"], "'simclr'?"),
         (["--report"], "holds no comparison"),
+        (["--arms", ","], "--arms: no arm is named"),
+        (["--arm", "random={command: train_bandit}"], "--arm random: that name is taken"),
+        (["--arm", "best-fixed={}"], "--arm best-fixed: that name is taken"),
+        (["--arm", "rl={}"], "--arm rl: that name is taken"),
+        (["--arm", "x={group: fixed}"], "--arm x: there is no group 'fixed'"),
+        (["--arm", "x={arguments: 5}"], "arguments: '5' given; train_reinforce has of its own"),
+        (["--arms", "random", "--finetune.steps", "["], "--finetune.steps: '[' is not valid YAML"),
+        (["--arms", "random", "--seeds", "\N{SUPERSCRIPT TWO}"], "must be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_runs(
@@ -227,6 +236,14 @@ def test_a_folder_takes_further_arms_but_no_other_settings(tmp_path: Path) -> No
     changed = load_config("debug", GRID | {"run.decisions": 1600})
     with pytest.raises(ConfigError, match=r"run\.decisions 800, not 1600"):
         extended(old, Plan(tmp_path, "debug", changed, {}, 4, old.labels, 2, None))
+
+
+def test_a_report_without_results_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plan(make_plan(tmp_path))
+    assert compare.main(["--out", str(tmp_path), "--report"]) == 2
+    assert "holds no result yet" in capsys.readouterr().err
 
 
 def test_jobs_go_seed_by_seed_with_the_long_ones_first(tmp_path: Path) -> None:
@@ -264,6 +281,17 @@ def test_workers_are_reused_and_a_failure_or_death_costs_one_job_alone() -> None
     assert found["third"].value[1] == "1"
     assert found["raise"].value == "ValueError: no such luck"
     assert "exit code 7" in found["die"].value
+
+
+@pytest.mark.slow
+def test_a_worker_that_died_while_it_waited_costs_the_next_job_alone() -> None:
+    states = {}
+    for outcome in run_jobs(work, ["first", "second", "third"], 1):
+        states[outcome.job] = outcome.state
+        if outcome.job == "first":  # it waits for the next job, which is handed out after this
+            os.kill(outcome.value[0], signal.SIGKILL)
+            time.sleep(0.5)  # until its end of the pipe is closed
+    assert states == {"first": DONE, "second": FAILED, "third": DONE}
 
 
 @pytest.mark.slow

@@ -228,6 +228,10 @@ def settings(run: Path) -> dict[str, str]:
         ("--method supervised --labels 99999", "labels: 99999 given, but there are 96 training"),
         ("--method simclr --labels 10%", "--labels: 'simclr' uses no labels"),
         ("--method simclr --augment", "--augment: 'simclr' has its views"),
+        (
+            "--method simclr --env.num_envs 8 --env.group_size 8 --optimizer.batch_size 8",
+            "env.group_size: 8 lanes of the same image are the whole step",
+        ),
         ("--method supervised --augment maybe", "--augment: 'maybe' given; it must be true or fal"),
         ("--method supervised --data.labels clusters", "data.labels: 'clusters' are found by the"),
         ("--method supervised --label 3", "--label: there is no such option. Did you mean 'label"),

@@ -279,7 +279,7 @@ def test_whatever_the_settings_a_run_is_made_to_its_end(
 def test_the_learned_policy_beats_random_on_real_digits(tmp_path: Path):
     """The cheap form of the claim; ``benchmarks/learning.py`` measures the full one."""
     gains = []
-    for seed in range(5):
+    for seed in range(3):
         options = {
             "seed": seed,
             "device": "cpu",
@@ -294,6 +294,6 @@ def test_the_learned_policy_beats_random_on_real_digits(tmp_path: Path):
         assert main([f"--{key}={value}" for key, value in options.items()]) == 0
         reward = json.loads((tmp_path / f"seed-{seed}" / "summary.json").read_text())["reward"]
         gains.append(reward["learned"] - reward["random"])
-    # Student's t at 4 degrees of freedom, 97.5 %.
-    margin = 2.776 * np.std(gains, ddof=1) / 5**0.5
+    # Student's t at 2 degrees of freedom, 97.5 %.
+    margin = 4.303 * np.std(gains, ddof=1) / 3**0.5
     assert np.mean(gains) - margin > 0, gains

@@ -17,12 +17,12 @@ from agents.schedules import Annealed, Fixed, Uniform
 from agents.train_bandit import build_policy, main
 from repfusion_env.envs import RepFusionVectorEnv
 
-LANES, STEPS = 8, 20
+LANES, STEPS = 8, 10
 SHORT = {
     "env.num_envs": LANES,
     "run.decisions": LANES * STEPS,
     "run.log_every": 1,
-    "run.checkpoint_every": 10,
+    "run.checkpoint_every": 5,
 }
 TWO_LAYERS = {"teacher.layers": ["down_blocks.0.resnets.0", "mid_block.resnets.1.conv2"]}
 

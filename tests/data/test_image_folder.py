@@ -116,3 +116,20 @@ def test_splits_with_different_classes_are_refused(tmp_path):
     write_image(tmp_path / "test" / "dog" / "0.png", 1)
     with pytest.raises(ValueError, match=r"only one of them has cat, dog"):
         load_data(config(tmp_path))
+
+
+@pytest.mark.parametrize(("channels", "seen"), [(None, 1), (1, 1), (3, 3)])
+def test_sixteen_bits_grey_keep_their_brightness(tmp_path, channels, seen):
+    for index in range(4):
+        pixels = np.full((4, 6), 12_000 * (index + 1), np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    banks = load_data(DataConfig("folder", str(tmp_path), channels=channels))
+    assert banks[0].shape == (seen, 4, 6)
+    assert sorted(reds(banks[0]) + reds(banks[1])) == [46, 93, 140, 187]  # 12,000 / 256 = 46.9
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path):
+    for index in range(2):
+        Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / f"{index}.tiff")
+    with pytest.raises(ValueError, match=r"\.tiff' .*mode 'F' have no known range"):
+        load_data(config(tmp_path))

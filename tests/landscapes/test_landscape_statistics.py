@@ -9,7 +9,7 @@ import torch
 from repfusion_env.landscapes.heads import balanced_folds, fit_logistic, judge_features
 from repfusion_env.landscapes.layers import spread_of_layers
 from repfusion_env.landscapes.representation import effective_rank, linear_cka, spread_share
-from repfusion_env.landscapes.selection import measure_selection, variance_components
+from repfusion_env.landscapes.selection import Gap, measure_selection, variance_components
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -122,6 +122,40 @@ def test_noise_alone_fools_the_naive_oracle_and_not_the_split_one():
     assert found.split_noise.low < 0 < found.split_noise.high
     assert found.observable.low <= 0.05
     assert abs(found.agreement or 0.0) < 0.2
+
+
+def _split_gain(draws: int, seed: int, **deviations: float) -> tuple[Gap, float]:
+    """The estimate, and what knowing the noiseless rewards would gain over the best fixed place."""
+    generator = np.random.default_rng(seed)
+    main = np.linspace(0.4, 0.0, 8)[:, None]
+    banks = []
+    for _ in range(2):
+        own = main + deviations["own"] * generator.normal(size=(8, 500))
+        own += generator.normal(size=(1, 500))  # difficulty
+        banks.append((own, own + deviations["noise"] * generator.normal(size=(draws, 8, 500))))
+    looks = generator.normal(size=(500, 3))
+    found = measure_selection(banks[0][1], banks[1][1], looks, looks, tuple(range(8)), seed=0)
+    assert found.split_noise is not None
+    truth = banks[1][0]
+    return found.split_noise, float((truth.max(0) - truth[found.best_fixed]).mean())
+
+
+@pytest.mark.parametrize("draws", [2, 4])
+def test_split_noise_recovers_a_large_gain_of_each_image(draws):
+    found, truth = _split_gain(draws, seed=0, own=1.0, noise=0.3)
+    assert truth > 1.0
+    # Never above it beyond chance, and little below it: the noise is small beside the gain.
+    assert 0.9 * truth < found.gain < 1.03 * truth
+    assert found.low < found.gain < found.high
+
+
+@pytest.mark.parametrize("draws", [2, 4])
+def test_split_noise_is_nothing_where_no_image_has_a_timestep_of_its_own(draws):
+    found = [_split_gain(draws, seed, own=0.0, noise=1.0) for seed in range(8)]
+    # A choice without grounds may lose a little; it must not be told as a gain.
+    assert abs(np.mean([gap.gain for gap, _ in found])) < 0.05
+    assert sum(gap.low <= 0 for gap, _ in found) >= 7
+    assert max(gap.gain for gap, _ in found) < 0.1  # the naive one is above 1
 
 
 def test_a_best_timestep_that_the_observation_shows_is_found():

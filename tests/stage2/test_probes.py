@@ -119,3 +119,9 @@ def test_a_single_label_is_refused(digits):
     x, y, test_x, test_y = digits
     with pytest.raises(ValueError, match="2 or more"):
         linear_probe(x[:1], y[:1], test_x, test_y, seed=0)
+
+
+def test_small_pieces_find_the_same_neighbours(digits, monkeypatch):
+    whole = knn_probe(*digits, seed=0)
+    monkeypatch.setattr("repfusion_env.stage2.knn.MOST_SIMILARITIES", 7 * len(digits[0]))
+    assert knn_probe(*digits, seed=0) == whole
