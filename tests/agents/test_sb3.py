@@ -71,6 +71,8 @@ def test_every_algorithm_trains_goes_on_exactly_and_leaves_the_same_behind(
         ".decisions",
         ".decisions_per_second",
         ".seconds",
+        ".teacher_evaluations.setup",
+        ".teacher_evaluations.training",
     }
     assert summary["decisions"] == LANES * STEPS
     assert zipfile.is_zipfile(whole / "model.zip")
