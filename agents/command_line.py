@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from repfusion_env.command_line import INTERRUPTED, is_ours
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import (
     ConfigError,
@@ -25,7 +26,6 @@ from repfusion_env.config_options import read_options
 from repfusion_env.runs import name_problem
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
 
 # By the agent's family; all other agents are those of SB3.
 SCRIPTS = {
@@ -141,7 +141,7 @@ def guarded(main: Callable[[], int], prog: str) -> int:
     try:
         return main()
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         for sentence in str(error).splitlines():
             print(f"{prog}: error: {sentence}", file=sys.stderr)
@@ -153,15 +153,6 @@ def guarded(main: Callable[[], int], prog: str) -> int:
         # Somebody closed our output, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether a ValueError was raised by this project and so is a sentence for the user."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return module.split(".")[0] in ("repfusion_env", "agents", "students", "__main__")
 
 
 def script_of(agent: str) -> str:

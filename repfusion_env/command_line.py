@@ -79,6 +79,15 @@ def device(text: str) -> str:
     return text
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this project and so is a sentence for the user."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.split(".")[0] in ("repfusion_env", "agents", "students", "__main__")
+
+
 def guarded(command: Callable[[], int]) -> int:
     """Run a command: its exit code, or 2 after a sentence on stderr, or 130 after Ctrl-C."""
     try:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from repfusion_env.command_line import INTERRUPTED, WRONG_USE, is_ours
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, check, merge, read_config_file
 from repfusion_env.config_options import read_options
@@ -20,7 +21,6 @@ from repfusion_env.landscapes.settings import LandscapeSettings
 from repfusion_env.registry import did_you_mean
 
 PROG = "python -m repfusion_env.landscape"
-USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
     except (ValueError, TypeError, OSError) as error:
-        if not _is_ours(error):
+        if not isinstance(error, OSError) and not is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return USAGE_ERROR
+    return WRONG_USE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,17 +153,6 @@ def _config(chosen: argparse.Namespace, given: dict[str, Any]) -> tuple[Experime
         if not (run / name).is_file():
             raise ValueError(f"--run: '{run}' is no finished run: it has no {name}")
     return check(merge(read_config_file(run / "config.yaml"), given)), run.resolve().name
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether this project raised it, so that it is a sentence for the user."""
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return module.split(".")[0] in ("repfusion_env", "students", "__main__")
 
 
 if __name__ == "__main__":

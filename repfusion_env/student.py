@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +77,39 @@ def make_optimizer(
     """
     rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
     groups = [{"params": list(body), "lr": rate}, {"params": list(heads), "lr": head_rate}]
+    return optimizer_of(
+        groups,
+        config.name,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+def optimizer_of(
+    groups: list[dict[str, Any]],
+    name: str,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """AdamW or SGD, fused; each group remembers its ``lr`` as ``base_lr`` for the schedule.
+
+    Args:
+        groups: ``params`` and ``lr`` of each group.
+        name: ``adamw`` or ``sgd``.
+        momentum: Of sgd alone.
+        nesterov: Of sgd alone.
+        weight_decay: Of both.
+    """
     for group in groups:
         group["base_lr"] = group["lr"]
-    if config.name == "sgd":
+    if name == "sgd":
         return torch.optim.SGD(
-            groups,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
+            groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
         )
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate_factor(schedule: str, progress: float) -> float:

@@ -29,7 +29,7 @@ from repfusion_env.stage2.augmentation import augment, mixer
 from repfusion_env.stage2.labels import label_count, labelled_subset
 from repfusion_env.stage2.loading import pooled
 from repfusion_env.stage2.settings import FinetuneConfig
-from repfusion_env.student import learning_rate_factor
+from repfusion_env.student import learning_rate_factor, optimizer_of
 from students import Backbone, linear_head
 
 KIND = "finetuning"
@@ -335,17 +335,13 @@ def _optimizer(model: Classifier, config: FinetuneConfig) -> torch.optim.Optimiz
     if not config.frozen:
         body = list(model.backbone.parameters())
         groups.append({"params": body, "lr": rate * config.backbone_factor})
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    return optimizer_of(
+        groups,
+        config.optimizer,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
 
 
 @torch.no_grad()
