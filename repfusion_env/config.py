@@ -39,7 +39,9 @@ class DataConfig:
     shorthand: ClassVar[str] = "name"
     name: StrictStr = option(
         "digits",
-        "digits, cifar10, npz, folder, tiny_imagenet, webdataset, or your own as module:function",
+        "digits, digit_scenes, cifar10, npz, folder, tiny_imagenet, webdataset, celebamask, "
+        "mask_folder, voc_segmentation, oxford_pet, wflw, pts, coco, voc, or your own as "
+        "module:function",
     )
     path: StrictStr | None = option(
         None,
@@ -52,6 +54,9 @@ class DataConfig:
     clusters: Count = option(10, "number of pseudo-labels under data.labels clusters")
     image_size: Count | None = option(
         None, "resize to this side in pixels; without it all images must have one size"
+    )
+    skip_unreadable: Fraction = option(
+        0.0, "largest part of the images that may be left out where they cannot be read; 0: none"
     )
     channels: Literal[1, 3] | None = option(
         None, "3: grey images as RGB; 1: RGB images as grey; without it as they are"
@@ -165,7 +170,9 @@ class DistillationConfig:
     )
     dense: StrictBool = option(False, "match feature maps position by position, not their average")
     projection: StrictStr = option(
-        "linear", "from student to teacher: linear (1x1 on the last stage), pyramid (all stages)"
+        "linear",
+        "from student to teacher: linear (1x1 on the last stage), stages (1x1 on the stage nearest "
+        "to each layer's resolution), pyramid (all stages together)",
     )
     task_weight: NonNegative = option(
         0.0, "above 0 the task loss reaches the student's backbone too, with this weight"
@@ -189,6 +196,52 @@ class FusionConfig:
     layers: tuple[Positive, ...] = option(
         (), "weights of the layers' losses, in the order of teacher.layers; none: equal"
     )
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """The task of finding every pixel's class."""
+
+    shorthand: ClassVar[str] = "head"
+    head: Literal["linear", "fcn", "lraspp", "deeplabv3"] = option(
+        "fcn", "from the student's maps to classes: linear, fcn, lraspp, deeplabv3"
+    )
+    width: Count = option(64, "channels of the head's hidden layers")
+
+
+@dataclass(frozen=True)
+class LandmarksConfig:
+    """The task of finding the same points in every image."""
+
+    shorthand: ClassVar[str] = "head"
+    head: Literal["linear", "deconv", "hrnet"] = option(
+        "deconv", "from the student's maps to heatmaps: linear, deconv, hrnet (all stages)"
+    )
+    width: Count = option(64, "channels of the head's hidden layers")
+    sigma: Positive = option(1.5, "deviation of the heatmaps' peaks, in heatmap pixels")
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """The task of finding objects: their boxes and classes."""
+
+    shorthand: ClassVar[str] = "head"
+    head: Literal["fcos", "retinanet", "ssdlite"] = option(
+        "fcos", "torchvision's detector on the student's maps: fcos, retinanet, ssdlite"
+    )
+    width: Count = option(64, "channels of the feature pyramid")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of an image and of all that is known of it, anew at each visit."""
+
+    shorthand: ClassVar[str] = "flip"
+    flip: StrictBool = option(False, "mirror half of the images")
+    rotation: NonNegative = option(0.0, "largest rotation either way, in degrees")
+    scale: NonNegative = option(0.0, "largest change of size: 0.25 is a factor in [0.75, 1.25]")
+    translation: Fraction = option(0.0, "largest shift, as a part of the image's side")
+    jitter: Fraction = option(0.0, "strength of brightness, contrast, saturation and hue; 0: off")
 
 
 @dataclass(frozen=True)
@@ -368,13 +421,20 @@ class ExperimentConfig:
 
     seed: Index = option(0, "seed of student, data order, noise and policy")
     device: StrictStr = option("auto", "auto, cpu, cuda or cuda:<index>")
-    task: StrictStr = option("classification", "classification, or your own as module:class")
+    task: StrictStr = option(
+        "classification",
+        "classification, segmentation, landmarks, detection, or your own as module:class",
+    )
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    landmarks: LandmarksConfig = field(default_factory=LandmarksConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     observation: ObservationConfig = field(default_factory=ObservationConfig)

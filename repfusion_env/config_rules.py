@@ -12,7 +12,10 @@ from repfusion_env.config import ExperimentConfig, TimestepConfig
 from students import registry as students
 
 LIBRARIES = ("torchvision", "timm")
-DATA_ON_DISK = ("npz", "folder", "cifar10", "tiny_imagenet", "webdataset")
+DATA_ON_DISK = (
+    *("npz", "folder", "cifar10", "tiny_imagenet", "webdataset", "celebamask", "mask_folder"),
+    *("voc_segmentation", "oxford_pet", "wflw", "pts", "coco", "voc"),
+)
 
 
 def conflicts(config: ExperimentConfig) -> list[str]:

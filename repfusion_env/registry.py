@@ -17,11 +17,20 @@ from typing import Any
 
 DATASETS: dict[str, str] = {
     "digits": "repfusion_env.data.digits:load",
+    "digit_scenes": "repfusion_env.data.digit_scenes:load",
     "cifar10": "repfusion_env.data.cifar10:load",
     "npz": "repfusion_env.data.npz:load",
     "folder": "repfusion_env.data.folder:load",
     "tiny_imagenet": "repfusion_env.data.tiny_imagenet:load",
     "webdataset": "repfusion_env.data.shards:load",
+    "celebamask": "repfusion_env.data.celebamask:load",
+    "mask_folder": "repfusion_env.data.mask_folder:load",
+    "voc_segmentation": "repfusion_env.data.voc_segmentation:load",
+    "oxford_pet": "repfusion_env.data.oxford_pet:load",
+    "wflw": "repfusion_env.data.wflw:load",
+    "pts": "repfusion_env.data.pts:load",
+    "coco": "repfusion_env.data.coco:load",
+    "voc": "repfusion_env.data.voc:load",
 }
 
 TEACHERS: dict[str, str] = {
@@ -68,6 +77,9 @@ ACTIONS: dict[str, str] = {
 
 TASKS: dict[str, str] = {
     "classification": "repfusion_env.tasks.classification:ClassificationTask",
+    "segmentation": "repfusion_env.tasks.segmentation:SegmentationTask",
+    "landmarks": "repfusion_env.tasks.landmarks:LandmarksTask",
+    "detection": "repfusion_env.tasks.detection:DetectionTask",
 }
 
 LOSSES: dict[str, str] = {
@@ -90,6 +102,7 @@ LOSSES: dict[str, str] = {
 
 PROJECTIONS: dict[str, str] = {
     "linear": "students.projection:LinearProjections",
+    "stages": "students.stage_projection:StageProjections",
     "pyramid": "students.pyramid:FeaturePyramid",
 }
 

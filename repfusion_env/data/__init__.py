@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.data.splits import recolor, resize
+from repfusion_env.data.splits import recolor
 from repfusion_env.registry import DATASETS, WrongPartError, look_up
 
 __all__ = ["ImageBank", "load_data"]
@@ -44,10 +44,7 @@ def load_data(config: DataConfig) -> tuple[ImageBank, ImageBank]:
         for bank, limit in zip(loaded, (config.train_limit, config.heldout_limit), strict=True)
     )
     if config.image_size is not None:
-        train, heldout = (
-            replace(bank, images=resize(bank.images, config.image_size))
-            for bank in (train, heldout)
-        )
+        train, heldout = (bank.resized(config.image_size) for bank in (train, heldout))
     if config.channels is not None:
         train, heldout = (
             replace(bank, images=recolor(bank.images, config.channels)) for bank in (train, heldout)
@@ -62,4 +59,21 @@ def load_data(config: DataConfig) -> tuple[ImageBank, ImageBank]:
             f"data set '{train.name}': training has the classes {', '.join(train.classes)} but "
             f"held-out has {', '.join(heldout.classes)}"
         )
+    _same_annotations(train, heldout)
     return train, heldout
+
+
+def _same_annotations(train: ImageBank, heldout: ImageBank) -> None:
+    kinds = [", ".join(sorted(bank.annotations)) or "none" for bank in (train, heldout)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"data set '{train.name}': training has the annotations {kinds[0]} but held-out has "
+            f"{kinds[1]}"
+        )
+    for kind, mine in train.annotations.items():
+        other = heldout.annotations[kind]
+        if mine.names != other.names:
+            raise ValueError(
+                f"data set '{train.name}': the {kind} of training have the classes "
+                f"{', '.join(mine.names)} but those of held-out {', '.join(other.names)}"
+            )

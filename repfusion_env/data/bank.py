@@ -6,11 +6,15 @@ Shape letters: M images in the bank, N lanes, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from repfusion_env.data.annotations import Annotation
+from repfusion_env.data.splits import resize
 
 # The classes of images that come without any.
 UNLABELLED = ("unlabelled",)
@@ -27,6 +31,10 @@ class ImageBank:
         classes: Names of the classes, in the order of the labels.
         given: Where the labels are clusters, the same images with the labels that they came with;
             None where they came with none, and where the labels are these.
+        annotations: What dense tasks learn from, each for all M images: ``masks``, ``keypoints``,
+            ``boxes``. Images that come with these alone are :data:`UNLABELLED`.
+        skipped: Files that could not be read and that ``data.skip_unreadable`` left out, each with
+            the reason.
 
     Raises:
         TypeError: Images or labels have another dtype or shape.
@@ -39,6 +47,8 @@ class ImageBank:
     labels: Tensor
     classes: tuple[str, ...]
     given: ImageBank | None = None
+    annotations: Mapping[str, Annotation] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -63,6 +73,11 @@ class ImageBank:
                 f"data set '{self.name}': labels must be in 0..{len(self.classes) - 1} "
                 f"({len(self.classes)} classes), but they reach from {low} to {high}"
             )
+        for kind, annotation in self.annotations.items():
+            if len(annotation) != len(images):
+                raise ValueError(
+                    f"data set '{self.name}' has {len(images)} images but {len(annotation)} {kind}"
+                )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -90,22 +105,43 @@ class ImageBank:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of pixels, labels and class names; the same on every device."""
+        """SHA-256 (hex) of pixels, labels, annotations and names; the same on every device."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
         for tensor in (self.images, self.labels):
             digest.update(tensor.cpu().contiguous().numpy().data)
+        for kind, annotation in sorted(self.annotations.items()):
+            digest.update(repr((kind, annotation.names)).encode())
+            for tensor in annotation.tensors:
+                digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> ImageBank:
-        """The bank with its images and labels on ``device``."""
+        """The bank with its images, labels and annotations on ``device``."""
         images, labels = self.images.to(device), self.labels.to(device)
         given = self.given.labels.to(device) if self.given else None
-        return self._with(images, labels, given)
+        annotations = {kind: found.to(device) for kind, found in self.annotations.items()}
+        return replace(self._with(images, labels, given), annotations=annotations)
 
     def head(self, count: int) -> ImageBank:
         """The first ``count`` images, or all where there are fewer."""
-        labels = self.given.labels[:count] if self.given else None
-        return self._with(self.images[:count], self.labels[:count], labels)
+        return self.take(slice(count))
+
+    def take(self, rows: Tensor | slice) -> ImageBank:
+        """The images ``rows`` alone, with all that is known of them."""
+        labels = self.given.labels[rows] if self.given else None
+        annotations = {kind: found.take(rows) for kind, found in self.annotations.items()}
+        bank = replace(self, given=None, annotations={})
+        bank = bank._with(self.images[rows], self.labels[rows], None)
+        if self.given is not None and labels is not None:
+            given = replace(self.given, images=bank.images, labels=labels, annotations={})
+            bank = replace(bank, given=given)
+        return replace(bank, annotations=annotations)
+
+    def resized(self, side: int) -> ImageBank:
+        """The middle squares at ``side`` pixels; annotations follow their images."""
+        size = self.shape[1], self.shape[2]
+        annotations = {k: found.resized(size, side) for k, found in self.annotations.items()}
+        return replace(self, images=resize(self.images, side), annotations=annotations)
 
     def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> ImageBank:
         """The same images with other labels, (M,); those that they came with stay beside them."""
