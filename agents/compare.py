@@ -6,8 +6,8 @@
     python agents/compare.py --config digits --seeds 2 --arms random,fixed-80,rl
 
 Every arm is a training command with options, see ``agents/comparison/arms.py``; each (arm, seed) is
-a run folder of that command, a linear probe, nearest neighbours and fine-tuning at each number of
-labels, and a result. Options beside those of ``--help`` are the configuration's, ``--key value``.
+a run folder of that command, probes of frozen features and fine-tuning at each number of labels,
+and a result. Options beside those of ``--help`` are the configuration's, ``--key value``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import yaml
 from agents.command_line import INTERRUPTED, guarded, parse
 from agents.comparison.arms import (
     COMMANDS,
+    PIXEL_PROBE,
     Arm,
     arm_config,
     chosen_arms,
@@ -40,7 +41,7 @@ from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, parse_yaml
 from repfusion_env.registry import did_you_mean
 from repfusion_env.stage2.labels import label_count
-from repfusion_env.stage2.settings import FinetuneConfig
+from repfusion_env.stage2.settings import ANNOTATIONS, FinetuneConfig, check_targets, with_head
 
 PROG = "compare"
 FAILED = 1
@@ -85,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         help="an arm of your own: NAME='{command: train_reinforce, reinforce.baseline: value}'",
     )
     add("--labels", nargs="+", metavar="L", help="labels of stage 2 (default: 1%% 10%% 100%%)")
-    add("--draws", metavar="N", help="labelled subsets that a probe is averaged over (default: 5)")
+    add(
+        "--draws",
+        metavar="N",
+        help="labelled subsets that probes of classes are averaged over (default: 5)",
+    )
     add("--no-finetune", action="store_true", help="probes only")
     add("--report", action="store_true", help="draw again from the results that are there")
     add("--list", action="store_true", help="print the arms and exit")
@@ -122,6 +127,7 @@ def _plan(chosen: argparse.Namespace, others: list[str]) -> Plan:
         ["--config", chosen.config or "digits", *LEAN, *others], prog=PROG, description=""
     ).config
     assert config is not None
+    _check_finetuning(config, finetune)
     known = shipped_arms(config)
     own = [own_arm(text, known) for text in chosen.arm]
     known |= {arm.name: arm for arm in own}
@@ -164,6 +170,8 @@ def _check_arms(config: ExperimentConfig, arms: dict[str, Arm]) -> None:
 
 def _conflicts(arm: Arm, config: ExperimentConfig) -> list[str]:
     """What the arm's command says of its options."""
+    if arm.command == PIXEL_PROBE and config.task != "segmentation":
+        return [f"task: '{config.task}' given; command '{PIXEL_PROBE}' needs segmentation"]
     if not COMMANDS[arm.command]:
         return []
     module = importlib.import_module(COMMANDS[arm.command])
@@ -239,6 +247,19 @@ def _checked(keys: dict[str, Any]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return keys
+
+
+def _check_finetuning(config: ExperimentConfig, keys: dict[str, Any] | None) -> None:
+    """Refuse what the task's targets could not follow, or a head that it does not have."""
+    settings = FinetuneConfig(**(keys or {}))
+    annotation = ANNOTATIONS.get(config.task, "labels")
+    try:
+        check_targets(settings, annotation, cross_entropy=annotation == "labels")
+        with_head(config, settings.head)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([f"--finetune.{error}"]) from None
 
 
 def _run(plan: Plan, workers: int) -> int:

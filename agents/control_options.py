@@ -9,11 +9,12 @@ from repfusion_env.config import ExperimentConfig
 from repfusion_env.contrastive_rules import missing_packages
 from repfusion_env.registry import did_you_mean
 from repfusion_env.stage2.labels import label_count
+from repfusion_env.stage2.settings import ANNOTATIONS
 
 ENDLESS = 10**12
 METHODS = {
     "simclr": "two views of each image are pulled together, labels are not used",
-    "supervised": "cross-entropy on labels",
+    "supervised": "the task's loss on labels, masks, points or boxes",
 }
 
 
@@ -22,6 +23,14 @@ def method_problem(text: str) -> str | None:
     if text in METHODS:
         return None
     return f"'{text}' given; allowed: {', '.join(METHODS)}.{did_you_mean(text, list(METHODS))}"
+
+
+def views_problem(annotation: str) -> str:
+    """Why images with masks, points or boxes cannot be shown as views."""
+    return (
+        f"--augment: its views move an image and not its {annotation}; give "
+        "--augmentation.flip, rotation, scale, translation or jitter instead"
+    )
 
 
 def labels_problem(text: str) -> str | None:
@@ -47,13 +56,15 @@ OPTIONS = {
     ),
     "labels": OwnOption(
         "PART",
-        "supervised: percentage or number of the training images that have labels and are shown",
+        "supervised: percentage or number of the training images whose labels (masks, points, "
+        "boxes) are known, and which are shown",
         "100%",
         labels_problem,
     ),
     "augment": OwnOption(
         "BOOL",
-        "supervised: show a random view of each image (see contrastive) instead of the image",
+        "supervised classification: show a random view of each image (see contrastive) instead of "
+        "the image",
         "false",
         switch_problem,
     ),
@@ -68,6 +79,9 @@ def conflicts(config: ExperimentConfig, settings: Mapping[str, str]) -> list[str
         found.append("--labels: 'simclr' uses no labels; give it for --method supervised alone")
     if method == "simclr" and settings["augment"] == "true":
         found.append("--augment: 'simclr' has its views; give it for --method supervised alone")
+    dense = ANNOTATIONS.get(config.task)
+    if method == "supervised" and settings["augment"] == "true" and dense is not None:
+        found.append(views_problem(dense))
     if method == "simclr" and max(config.env.num_envs, config.optimizer.batch_size) == 1:
         found.append("env.num_envs: 'simclr' tells images apart, so a step needs 2 or more")
     elif method == "simclr" and config.env.group_size >= max(

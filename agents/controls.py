@@ -4,7 +4,7 @@ The same backbone with the same initial weights, the same images in the same ord
 optimizer and as many image presentations; only what the student is trained for differs.
 
 Shape letters: M images, N images of a step, B samples of an update (B >= N), C,H,W image,
-S student width.
+S student width, h,w its last map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repfusion_env import registry
+from agents.control_options import views_problem
+from repfusion_env.augmentation import make_augmentation
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.contrastive import Views, make_contrastive
 from repfusion_env.data import load_data
@@ -25,11 +26,13 @@ from repfusion_env.data.bank import ImageBank
 from repfusion_env.data.pseudo_labels import require_labels
 from repfusion_env.device_means import DeviceMeans
 from repfusion_env.devices import resolve_device
-from repfusion_env.features import chunks
 from repfusion_env.noise import derive_seed, own_randomness
-from repfusion_env.stage2.labels import label_count, labelled_subset
+from repfusion_env.stage2.labels import label_count, task_subset
 from repfusion_env.stream import ImageStream
+from repfusion_env.student import head_shapes, stage_shapes, task_input
 from repfusion_env.tasks import Task
+from repfusion_env.tasks.build import build_task
+from repfusion_env.tasks.measuring import measure
 from repfusion_env.updates import Updates
 from students import build_backbone
 
@@ -43,7 +46,7 @@ class Banks:
 
 
 class ControlStudent(nn.Module):
-    """A backbone, with the head of its task where labels teach it."""
+    """A backbone, with the head of its task where targets teach it."""
 
     def __init__(self, config: ExperimentConfig, banks: Banks, task: Task | None) -> None:
         super().__init__()
@@ -55,23 +58,35 @@ class ControlStudent(nn.Module):
             image_size=size,
             pretrained=config.student.pretrained,
         )
-        self.head = None if task is None else task.head(self.backbone.feature_channels)
+        self.head, self.all_stages = None, False
+        if task is not None:
+            shapes = head_shapes(task, stage_shapes(self.backbone, banks.train.shape))
+            self.head, self.all_stages = task.head(shapes), task.reads == "stages"
 
-    def features(self, images: Tensor) -> Tensor:
-        """The last stage's map, float32 (B, S, h, w), of images (B, C, H, W) in [-1, 1]."""
-        last: Tensor = self.backbone(images)[self.backbone.stages[-1]]
-        return last.float()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps that the head reads, shallow to deep, the last stage's among them.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            float32 maps; the last one is (B, S, h, w).
+        """
+        maps = self.backbone(images)
+        stages = self.backbone.stages if self.all_stages else self.backbone.stages[-1:]
+        return [maps[stage].float() for stage in stages]
 
 
 class ControlTrainer:
-    """Trains one student by labels, or by the views of its images alone.
+    """Trains one student by what its task is to predict, or by the views of its images alone.
 
     Args:
         config: The experiment. Its teacher, grid, distillation and reward are not used.
         method: ``simclr`` or ``supervised``.
         labels: Of ``supervised``: the part of the training images, or their number, that has labels
-            and is shown; drawn from each class by the seed.
-        augment: Of ``supervised``: a new random view of each image instead of the image.
+            (masks, points, boxes) and is shown; drawn by the seed, of labels from each class.
+        augment: Of ``supervised`` classification: a new random view of each image instead of the
+            image.
 
     Raises:
         ValueError: With a sentence for whatever does not fit.
@@ -91,8 +106,11 @@ class ControlTrainer:
         self.parts = Banks(train.to(self.device), heldout.to(self.device))
         self.task: Task | None = None
         if method == "supervised":
-            require_labels(train, "the supervised control")
-            self.task = registry.look_up("task", config.task, registry.TASKS)(train)
+            if config.task == "classification":
+                require_labels(train, "the supervised control")
+            self.task = build_task(config, train)
+            if augment and self.task.annotation != "labels":
+                raise ValueError(views_problem(self.task.annotation))
         seed = config.seed
         with own_randomness(derive_seed(seed, "student")):
             student = ControlStudent(config, self.parts, self.task)
@@ -111,11 +129,14 @@ class ControlTrainer:
         # The images that are shown, as ids of the bank.
         self.pool = torch.arange(len(train), device=self.device)
         self.labels = label_count(labels, len(train)) if method == "supervised" else 0
+        annotation = "labels" if self.task is None else self.task.annotation
         if 0 < self.labels < len(train):
-            self.pool = labelled_subset(train.labels, self.labels, seed).to(self.device)
+            self.pool = task_subset(annotation, train, self.labels, seed).to(self.device)
+        self.augmentation = make_augmentation(config, self.parts.train, annotation)
         self.stream = ImageStream(len(self.pool), self.device, shuffle=True)
         self.stream.reset(seed)
         self.recent = self.pool[:0]  # earlier images that fill up a batch of few lanes
+        self.recent_changed: list[Tensor] = []  # as they were shown, with their targets
         self.metrics = DeviceMeans(self.device)
         self.steps = 0
 
@@ -135,29 +156,46 @@ class ControlTrainer:
         lanes, group = config.env.num_envs, config.env.group_size
         new = self.pool[self.stream.take(lanes // group).repeat_interleave(group)]
         ids = torch.cat((new, self.recent))[: max(lanes, config.optimizer.batch_size)]
+        changed = self._changed(new)
+        if self.recent_changed:
+            pairs = zip(changed, self.recent_changed, strict=True)
+            changed = [torch.cat(pair)[: len(ids)] for pair in pairs]
         if lanes < config.optimizer.batch_size:
-            self.recent = ids
+            self.recent, self.recent_changed = ids, changed
         progress = min(1.0, self.steps / config.total_steps)
         # A batch of one has no batch statistics, and no others to be told apart from.
         if len(ids) > 1:
             self.student.train()
             buffers = self.updates.buffers()
             with own_randomness(derive_seed(config.seed, "step", self.steps), self.device):
-                total = self._loss(bank.pixels(ids), ids, lanes)
+                images = changed[0] if changed else bank.pixels(ids)
+                total = self._loss(images, changed[1:], ids, lanes)
                 self.updates.apply(total, buffers, progress)
         self.steps += 1
         self.updates.watch(self.steps)
 
-    def _loss(self, images: Tensor, ids: Tensor, lanes: int) -> Tensor:
+    def _changed(self, ids: Tensor) -> list[Tensor]:
+        """Images (N, C, H, W) as ``augmentation`` shows them, and their targets; else nothing.
+
+        Drawn as the distillation trainer draws, so that both show the same.
+        """
+        if self.augmentation is None:
+            return []
+        bank, group = self.parts.train, self.config.env.group_size
+        targets = bank.labels[ids] if self.task is None else self.task.targets(bank, ids)
+        with own_randomness(derive_seed(self.config.seed, "augment", self.steps), self.device):
+            return list(self.augmentation(bank.pixels(ids), targets, group))
+
+    def _loss(self, images: Tensor, answers: list[Tensor], ids: Tensor, lanes: int) -> Tensor:
         total = torch.zeros((), device=self.device)
         if self.task is not None and self.student.head is not None:
-            answers = self.task.targets(self.parts.train, ids)
+            targets = answers[0] if answers else self.task.targets(self.parts.train, ids)
             shown = images if self.views is None else self.views(images)
-            outputs = self.student.head(self._pooled(shown))
-            losses = self.task.losses(outputs, answers)
+            outputs = self.student.head(*task_input(self.task, self._maps(shown)))
+            losses = self.task.losses(outputs, targets)
             self.metrics.add("student/task_loss", losses[:lanes])
-            correct = self.task.correct(outputs, answers)
-            self.metrics.add("student/accuracy", correct[:lanes])
+            correct = self.task.correct(outputs, targets)
+            self.metrics.add(f"student/{self.task.score}", correct[:lanes])
             total = total + losses.mean()
         if self.contrastive is not None:
             alike: Tensor = self.contrastive(self._pooled, images, ids)
@@ -176,25 +214,37 @@ class ControlTrainer:
         Returns:
             The last stage's map (N, S, h, w) and its average (N, S).
         """
-        student = student or self.student
-        training = student.training
-        student.eval()
-        with self._precision():
-            last = student.features(images)
-        student.train(training)
+        last = self._maps_now(images, student or self.student)[-1]
         return last, last.mean((2, 3))
 
     @torch.no_grad()
-    def heldout_accuracy(self) -> float | None:
-        """Of the student's own head on all held-out images; None where it has none."""
-        student, bank = self.evaluation_student, self.parts.heldout
+    def outputs(self, images: Tensor, student: ControlStudent | None = None) -> Any:
+        """What the student's own head says, in inference mode; for the task's methods.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            student: Default: the student that is being trained.
+
+        Raises:
+            ValueError: It has no head, as nothing but views teaches it.
+        """
+        student = student or self.student
         if self.task is None or student.head is None:
-            return None
-        correct = []
-        for ids in chunks(torch.arange(len(bank), device=self.device)):
-            outputs = student.head(self.embed(bank.pixels(ids), student)[1])
-            correct.append(self.task.correct(outputs, self.task.targets(bank, ids)))
-        return float(torch.cat(correct).float().mean())
+            raise ValueError(f"'{self.method}' trains no head of a task")
+        return student.head(*task_input(self.task, self._maps_now(images, student)))
+
+    def heldout_metrics(self, limit: int | None = None) -> dict[str, float]:
+        """The task's metric of the student's own head on held-out images; empty without a head.
+
+        Args:
+            limit: Use only the first so many of them.
+        """
+        student = self.evaluation_student
+        if self.task is None:
+            return {}
+        return measure(
+            self.task, lambda images: self.outputs(images, student), self.parts.heldout, limit
+        )
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call under their TensorBoard tags, read by the host at once."""
@@ -212,6 +262,7 @@ class ControlTrainer:
             "pool": self.pool,
             "stream": self.stream.state_dict(),
             "recent": self.recent,
+            "recent_changed": self.recent_changed,
             "metrics": self.metrics.state_dict(),
         }
 
@@ -225,11 +276,25 @@ class ControlTrainer:
         self.pool = state["pool"].to(self.device)
         self.stream.load_state_dict(state["stream"])
         self.recent = state["recent"].to(self.device)
+        changed = state.get("recent_changed", ())  # of which earlier versions knew nothing
+        self.recent_changed = [values.to(self.device) for values in changed]
         self.metrics.load_state_dict(state["metrics"])
 
     def _pooled(self, images: Tensor) -> Tensor:
+        return self._maps(images)[-1].mean((2, 3))
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
         with self._precision():
-            return self.student.features(images).mean((2, 3))
+            return self.student.features(images)
+
+    def _maps_now(self, images: Tensor, student: ControlStudent) -> list[Tensor]:
+        """The maps in inference mode."""
+        training = student.training
+        student.eval()
+        with self._precision():
+            maps = student.features(images)
+        student.train(training)
+        return maps
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

@@ -6,8 +6,8 @@ D embedding, S student width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,6 +50,7 @@ class Evaluation:
         noun: What the arms are.
         pairs: Where the arms are all pairs of several timesteps and the layers, one timestep's
             layers after the other's: these timesteps; else empty.
+        metrics: What the task's metric says of the student on all held-out images, by name.
     """
 
     rewards: np.ndarray
@@ -64,6 +65,7 @@ class Evaluation:
     kind: str
     noun: str
     pairs: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def learned(self) -> float:
@@ -147,7 +149,7 @@ def evaluate(env: RepFusionVectorEnv, choose: Chooser, limit: int | None = None)
     Args:
         env: Its trainer's student is judged as it stands; nothing is trained.
         choose: From observations (M, D) to actions (M, ...) of the environment.
-        limit: Use only the first so many held-out images.
+        limit: Judge the policy on the first so many held-out images only.
     """
     trainer, bank = env.trainer, env.trainer.parts.heldout
     images = min(limit or len(bank), len(bank))
@@ -176,6 +178,7 @@ def evaluate(env: RepFusionVectorEnv, choose: Chooser, limit: int | None = None)
         kind=trainer.heldout_reward,
         noun=env.actions.noun,
         pairs=_pairs(arms, len(trainer.parts.teacher.layers)),
+        metrics=trainer.heldout_metrics(),
     )
 
 

@@ -1,18 +1,25 @@
-"""What a run leaves at its end: summary.json, summary.png, and a short table."""
+"""What a run leaves at its end: summary.json, summary.png, predictions.png, and a short table."""
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from agents.command_line import script_of
 from agents.evaluation import Evaluation, linear_probe_accuracy
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
 from repfusion_env.layer_names import short_names
+from repfusion_env.metric_names import metric_name
+from repfusion_env.prediction_figure import draw_predictions, prediction_figure
 from repfusion_env.runs import Run, writing
+from repfusion_env.tasks import Task
+from repfusion_env.trainer import DistillationTrainer
 
 # More arms than this are too many lines for a table, which then shows the best.
 MOST_ARMS, BEST_ARMS = 50, 10
@@ -21,7 +28,7 @@ MOST_ARMS, BEST_ARMS = 50, 10
 def report(
     run: Run, env: RepFusionVectorEnv, found: Evaluation, *, decisions: int, seconds: float
 ) -> dict[str, Any]:
-    """Log the evaluation, write figure and summary into the run folder, and print the table.
+    """Log the evaluation, write figures and summary into the run folder, and print the table.
 
     Args:
         run: The finished run.
@@ -33,7 +40,9 @@ def report(
     Returns:
         The summary as written.
     """
-    accuracy = linear_probe_accuracy(env.trainer, run.config.evaluation.probe_images)
+    trainer, accuracy = env.trainer, None
+    if trainer.parts.train.judged.labelled:
+        accuracy = linear_probe_accuracy(trainer, run.config.evaluation.probe_images)
     fixed = {arm: float(value) for arm, value in zip(found.arms, found.by_arm, strict=True)}
     timesteps = found.timesteps
     summary: dict[str, Any] = {
@@ -46,21 +55,25 @@ def report(
             "best_per_image": found.best_per_image,
         },
         "timestep": {"mean": float(timesteps.mean()), "deviation": float(timesteps.std())},
-        "student": {"linear_probe_accuracy": accuracy},
+        "student": {
+            "linear_probe_accuracy": accuracy,
+            "headline": trainer.task.headline,
+            "metrics": dict(found.metrics),
+        },
         "heldout_images": len(found.timesteps),
         "decisions": decisions,
         "decisions_per_second": decisions / seconds,
         "seconds": seconds,
         "teacher_evaluations": teacher_evaluations(env, found.timesteps.shape[1], decisions),
     }
-    if run.config.data.labels == "clusters" and env.trainer.parts.train.given is None:
+    if run.config.data.labels == "clusters" and trainer.parts.train.given is None:
         summary["student"]["probe_labels"] = "clusters"  # there are no others
     if found.layers is not None:
         shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
         summary["layer"] = dict(zip(found.layer_names, shares.tolist(), strict=True))
     _draw(run, env, found, decisions)
     run.write_summary(summary)
-    _print(run, found, summary)
+    _print(run, found, summary, metric_words(trainer.task, found.metrics))
     return summary
 
 
@@ -88,16 +101,51 @@ def teacher_evaluations(env: RepFusionVectorEnv, timesteps: int, decisions: int)
     return {"setup": setup, "training": decisions * (timesteps + len(config.fusion.timesteps))}
 
 
-def log_evaluation(run: Run, step: int, decisions: int, found: Evaluation) -> None:
-    """Log what a policy is worth on held-out images, once for each step."""
+def log_evaluation(
+    run: Run, env: RepFusionVectorEnv, step: int, decisions: int, found: Evaluation
+) -> None:
+    """Log what policy and student are worth on held-out images, once for each step.
+
+    Args:
+        run: Where to.
+        env: Its student's predictions are drawn.
+        step: Steps done.
+        decisions: Decisions made.
+        found: What both are worth.
+    """
     tags = {"evaluation/learned_reward": found.learned, "evaluation/random_reward": found.random}
+    tags |= {f"evaluation/{name}": value for name, value in found.metrics.items()}
     metrics = run.metrics()
     logged = metrics.get("evaluation/learned_reward")
     if logged is not None and np.isfinite(logged[metrics["step"] == step]).any():
         return  # by an earlier process, or on the way at this very step
     figure = reward_by_arm_figure(**_arms(found))
     noun = found.noun.replace(", ", "_and_")
-    run.log(step, decisions, tags, figures={f"evaluation/reward_by_{noun}": figure})
+    figures = {f"evaluation/reward_by_{noun}": figure}
+    figures["evaluation/predictions"] = predictions_of(
+        env.trainer, f"after {decisions:,} decisions"
+    )
+    run.log(step, decisions, tags, figures=figures)
+
+
+def predictions_of(trainer: DistillationTrainer, title: str) -> Figure:
+    """A few held-out images, with what the student that evaluation sees says of them."""
+    student = trainer.evaluation_student
+    shown = draw_predictions(
+        trainer.task, lambda images: trainer.outputs(images, student), trainer.parts.heldout
+    )
+    return prediction_figure(shown, title)
+
+
+def metric_words(task: Task, metrics: Mapping[str, float]) -> str:
+    """A metric's values in a line, the headline first; those of single classes are left out."""
+    others = (name for name in metrics if name != task.headline and "/" not in name)
+    words = []
+    for name in (task.headline, *others):
+        value = metrics.get(name, math.nan)
+        shown = f"{value:.1%}" if task.percent else f"{value:.4g}"
+        words.append(f"{metric_name(name)} {shown if math.isfinite(value) else 'unknown'}")
+    return ", ".join(words)
 
 
 def _arms(found: Evaluation) -> dict[str, Any]:
@@ -117,7 +165,7 @@ def _arms(found: Evaluation) -> dict[str, Any]:
 
 def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) -> None:
     metrics = run.metrics()
-    log_evaluation(run, int(metrics["step"][-1]), decisions, found)
+    log_evaluation(run, env, int(metrics["step"][-1]), decisions, found)
     arms = _arms(found)
     # Of SB3's policies it is not known; of what they chose it is.
     chosen = metrics["timestep/entropy"] + metrics.get("layer/entropy", 0.0)
@@ -140,9 +188,17 @@ def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) 
     )
     with writing(run.folder):
         save_figure(figure, run.figure_path)
+    heldout = len(env.trainer.parts.heldout)
+    headline = env.trainer.task.headline
+    worth = {headline: found.metrics.get(headline, math.nan)}
+    words = metric_words(env.trainer.task, worth)
+    title = f"{run.folder.name}: {words} on {heldout:,} held-out images"
+    drawn = predictions_of(env.trainer, title)
+    with writing(run.folder):
+        save_figure(drawn, run.folder / "predictions.png")
 
 
-def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
+def _print(run: Run, found: Evaluation, summary: dict[str, Any], words: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -172,11 +228,16 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
     again = f"python -m agents.{script_of(run.agent)} --config {config}"
     if run.config.run.name is not None:
         again += " --run.name null"  # that name is taken
+    student = summary["student"]
+    if student["linear_probe_accuracy"] is not None:
+        clusters = " (of clusters)" if "probe_labels" in student else ""
+        probe = f"linear probe accuracy {student['linear_probe_accuracy']:.1%}{clusters}"
+        words = f"{probe}; its own head: {words}"
     lines = {
-        "student": f"linear probe accuracy {summary['student']['linear_probe_accuracy']:.1%}"
-        f"{' (of clusters)' if 'probe_labels' in summary['student'] else ''}",
+        "student": words,
         "speed": f"{summary['decisions_per_second']:,.0f} decisions/s, {summary['seconds']:.0f} s",
-        "run": f"{run.folder}  (summary.json, summary.png, student.safetensors, metrics.jsonl)",
+        "run": f"{run.folder}  (summary.json, summary.png, predictions.png, student.safetensors, "
+        "metrics.jsonl)",
         "curves": f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}",
         "again": again,
     }

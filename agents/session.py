@@ -151,12 +151,8 @@ class Session(BaseSession):
 
     def evaluate(self, step: int, choose: Chooser) -> None:
         """Judge the policy on held-out images on the way and log the outcome."""
-        log_evaluation(
-            self.run,
-            step,
-            self.decisions(step),
-            evaluate(self.env, choose, self.config.evaluation.images),
-        )
+        found = evaluate(self.env, choose, self.config.evaluation.images)
+        log_evaluation(self.run, self.env, step, self.decisions(step), found)
 
     def finish(self, step: int, choose: Chooser, policy: nn.Module) -> None:
         """Evaluate, write weights, figure and summary, and print the table.

@@ -47,7 +47,9 @@ class DataConfig:
         None,
         "where the data set lies: a folder, an .npz bank, or a pattern of shards (docs/data.md)",
     )
-    download: StrictBool = option(False, "let torchvision download CIFAR-10 into data.path")
+    download: StrictBool = option(
+        False, "let torchvision download CIFAR-10, VOC 2012's or the pets' masks into data.path"
+    )
     labels: Literal["given", "clusters"] = option(
         "given", "given, or clusters: pseudo-labels of unlabelled images, by the teacher's features"
     )
@@ -60,6 +62,14 @@ class DataConfig:
     )
     channels: Literal[1, 3] | None = option(
         None, "3: grey images as RGB; 1: RGB images as grey; without it as they are"
+    )
+    margin: Fraction = option(
+        0.25, "wflw, pts: how much larger than the face the square cut out around it is"
+    )
+    subset: StrictStr | None = option(
+        None,
+        "hold out only a part of the test faces; wflw: an attribute, such as pose; pts: common, "
+        "challenging (300W) or a folder",
     )
     train_limit: Count | None = option(None, "use only the first so many training images")
     heldout_limit: Count | None = option(None, "use only the first so many held-out images")
@@ -143,8 +153,8 @@ class StudentConfig:
     shorthand: ClassVar[str] = "name"
     name: StrictStr = option(
         "small_cnn",
-        "small_cnn, resnet18, mobilenetv2, wideresnet28_2, torchvision/<name>, timm/<name>, "
-        "or your own as module:function",
+        "small_cnn, resnet18, mobilenetv2, wideresnet28_2, bisenet_resnet18, bisenet_resnet50, "
+        "torchvision/<name>, timm/<name>, or your own as module:function",
     )
     pretrained: StrictBool = option(False, "start from the library's weights")
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the student (autocast)")
@@ -207,6 +217,9 @@ class SegmentationConfig:
         "fcn", "from the student's maps to classes: linear, fcn, lraspp, deeplabv3"
     )
     width: Count = option(64, "channels of the head's hidden layers")
+    auxiliary: NonNegative = option(
+        0.0, "weight of further heads on the two stages below the last, as in BiSeNetV1; 0: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -218,6 +231,10 @@ class LandmarksConfig:
         "deconv", "from the student's maps to heatmaps: linear, deconv, hrnet (all stages)"
     )
     width: Count = option(64, "channels of the head's hidden layers")
+    stride: Count | None = option(
+        None,
+        "image pixels in a heatmap pixel's side; default: 4, less where heatmaps would be below 32",
+    )
     sigma: Positive = option(1.5, "deviation of the heatmaps' peaks, in heatmap pixels")
 
 
@@ -239,7 +256,7 @@ class AugmentationConfig:
     shorthand: ClassVar[str] = "flip"
     flip: StrictBool = option(False, "mirror half of the images")
     rotation: NonNegative = option(0.0, "largest rotation either way, in degrees")
-    scale: NonNegative = option(0.0, "largest change of size: 0.25 is a factor in [0.75, 1.25]")
+    scale: Decay = option(0.0, "largest change of size: 0.25 is a factor in [0.75, 1.25]")
     translation: Fraction = option(0.0, "largest shift, as a part of the image's side")
     jitter: Fraction = option(0.0, "strength of brightness, contrast, saturation and hue; 0: off")
 

@@ -16,6 +16,8 @@ DATA_ON_DISK = (
     *("npz", "folder", "cifar10", "tiny_imagenet", "webdataset", "celebamask", "mask_folder"),
     *("voc_segmentation", "oxford_pet", "wflw", "pts", "coco", "voc"),
 )
+DATA_OF_SQUARES = frozenset({"wflw", "pts", "coco", "voc"})
+DATA_WITH_SUBSETS = frozenset({"wflw", "pts"})
 
 
 def conflicts(config: ExperimentConfig) -> list[str]:
@@ -106,6 +108,14 @@ def _run_conflicts(config: ExperimentConfig) -> list[str]:
     found: list[str] = []
     if config.data.name in DATA_ON_DISK and config.data.path is None:
         found.append(f"data.path: data.name '{config.data.name}' needs a path")
+    data = config.data
+    if data.name in DATA_OF_SQUARES and data.image_size is None:
+        found.append(f"data.image_size: data.name '{data.name}' needs a side in pixels, such as 64")
+    if data.subset is not None and data.name in registry.DATASETS.keys() - DATA_WITH_SUBSETS:
+        found.append(
+            f"data.subset: '{data.subset}' given, but data.name '{data.name}' has no subsets; "
+            f"{' and '.join(sorted(DATA_WITH_SUBSETS))} have"
+        )
     if config.data.labels == "clusters" and config.data.clusters < 2:
         found.append(
             f"data.clusters: {config.data.clusters} given; under data.labels clusters it must be "

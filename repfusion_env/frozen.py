@@ -14,9 +14,10 @@ from torch import Tensor
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data import load_data
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.data.pseudo_labels import cluster_labels, require_labels
+from repfusion_env.data.pseudo_labels import cluster_labels
 from repfusion_env.devices import resolve_device
 from repfusion_env.features import TeacherFeatures
+from repfusion_env.tasks.build import check_task
 from repfusion_env.teachers import check_fit, describe_teacher, load_teacher
 from repfusion_env.teachers.base import Teacher
 from repfusion_env.timesteps import TimestepGrid
@@ -70,8 +71,7 @@ def build_frozen_parts(config: ExperimentConfig) -> FrozenParts:
         )
     card = describe_teacher(config.teacher)
     train, heldout = load_data(config.data)
-    if config.data.labels == "given":
-        require_labels(train, "the task")
+    check_task(config, train)
     check_fit(card, config, train.shape)
     train, heldout = train.to(device), heldout.to(device)
     teacher = load_teacher(config.teacher, device=device)

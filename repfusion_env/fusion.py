@@ -17,7 +17,7 @@ from repfusion_env.actions.choice import Choice
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.features import TeacherFeatures
+from repfusion_env.features import TeacherFeatures, resized
 from repfusion_env.timesteps import TimestepGrid
 
 
@@ -30,8 +30,8 @@ class Targets:
         weights: Of the layers' losses, (B, L) or for all samples (L,), each row of sum 1; None:
             equal.
         chosen: (B,) int64, the only layer that counts; None: all of them.
-        probe: Input of the probe head, (B, sum of F), with a gradient to the fusion's weights; None
-            where these are not learned.
+        probe: Input of the probe head, (B, sum of F), or for a task on maps (B, sum of F, h, w),
+            with a gradient to the fusion's weights; None where these are not learned.
     """
 
     features: list[Tensor]
@@ -58,6 +58,7 @@ class Fusion(nn.Module):
         layers: The teacher's layers.
         grid: What actions choose from.
         num_timesteps: Timesteps of the teacher.
+        pooled: Whether the probe head reads averages; else it reads maps.
 
     Raises:
         ConfigError: The configuration does not fit the number of layers.
@@ -69,8 +70,10 @@ class Fusion(nn.Module):
         layers: Sequence[str],
         grid: TimestepGrid,
         num_timesteps: int,
+        pooled: bool = True,
     ) -> None:
         super().__init__()
+        self.pooled = pooled
         # Only here the layers are known where the configuration leaves them to the teacher.
         known = replace(config, teacher=replace(config.teacher, layers=tuple(layers)))
         problems = fusion_rules.conflicts(known)
@@ -102,6 +105,7 @@ class Fusion(nn.Module):
         choice: Choice,
         visits: Tensor,
         noise_seed: int,
+        images: Tensor | None = None,
     ) -> Targets:
         """The targets of N lanes; one teacher forward per slot, whose features are not kept.
 
@@ -112,6 +116,8 @@ class Fusion(nn.Module):
             choice: What the actions chose.
             visits: (N,) keys of fresh noise.
             noise_seed: Seed of the noise.
+            images: (N, C, H, W) in [-1, 1], what augmentation made of the images; None: as they
+                are in the bank.
 
         Raises:
             ValueError: ``fusion.mixture`` has another length than there are slots.
@@ -128,14 +134,15 @@ class Fusion(nn.Module):
         if choice.layers is not None:
             places = torch.arange(len(self.layers), device=ids.device)
             weights = (choice.layers[:, None] == places).float()  # (N, L)
-        clean = features.clean(bank, ids)
+        encode = features.teacher.encode
+        clean = features.clean(bank, ids) if images is None else encode(images)
         fused: list[Tensor] = []
         pooled: list[Tensor] = []
         for slot in range(slots):
             found = features.at(clean, ids, self._at(slot, choice), visits, noise_seed)
             if slots == 1:
                 fused = found
-                pooled = [] if mixture is None else [_pooled(z) for z in found]
+                pooled = [] if mixture is None else [self._seen(z) for z in found]
                 break
             if mixture is None:
                 fused = _summed(fused, [z * self._share(slot, slots) for z in found])
@@ -143,9 +150,10 @@ class Fusion(nn.Module):
             shares = mixture[:, :, slot].unbind(1)  # L times (N,)
             terms = [z * _beside(w.detach(), z) for z, w in zip(found, shares, strict=True)]
             fused = _summed(fused, terms)
-            # The gradient needs the features of all slots, but only of their averages.
-            flat = [_pooled(z) * w[:, None] for z, w in zip(found, shares, strict=True)]
-            pooled = _summed(pooled, flat)
+            # The gradient needs the features of all slots, but mostly only of their averages.
+            seen = [self._seen(z) for z in found]
+            terms = [z * _beside(w, z) for z, w in zip(seen, shares, strict=True)]
+            pooled = _summed(pooled, terms)
         targets = Targets(fused, None if weights is None else weights.detach(), choice.layers)
         if self.logits is None:
             return targets
@@ -165,6 +173,10 @@ class Fusion(nn.Module):
             found[tag] = found[tag] + share if tag in found else share
         return found
 
+    def _seen(self, z: Tensor) -> Tensor:
+        """What the probe head reads of one layer."""
+        return _pooled(z) if self.pooled else z
+
     def _at(self, slot: int, choice: Choice) -> Tensor:
         chosen = choice.timesteps.shape[1]
         if slot < chosen:
@@ -182,26 +194,46 @@ class Fusion(nn.Module):
         return used.softmax(2), used.logsumexp(2).softmax(1)
 
 
-def probe_input(targets: Targets) -> Tensor:
-    """What the probe head reads: all layers side by side, (B, sum of F).
+def probe_shape(layers: Sequence[tuple[int, int, int]], *, pooled: bool) -> tuple[int, int, int]:
+    """The shape of one row of :func:`probe_input` for teacher layers of (F, h, w)."""
+    width = sum(layer[0] for layer in layers)
+    return (width, 1, 1) if pooled else (width, *_finest([layer[1:] for layer in layers]))
+
+
+def probe_input(targets: Targets, *, pooled: bool = True) -> Tensor:
+    """All layers side by side for the probe head: (B, sum of F), or maps (B, sum of F, h, w).
 
     Each is scaled by its weight, which is 1 on average over the layers that count; a layer that was
     not chosen is zeros.
     """
     if targets.probe is not None:
         return targets.probe
-    return _side_by_side([_pooled(z) for z in targets.features], targets.weights)
+    features = [_pooled(z) for z in targets.features] if pooled else targets.features
+    return _side_by_side(features, targets.weights)
 
 
-def _side_by_side(pooled: list[Tensor], weights: Tensor | None) -> Tensor:
+def _side_by_side(features: list[Tensor], weights: Tensor | None) -> Tensor:
     if weights is not None:
         scale = weights * (weights > 0).sum(-1, keepdim=True)
         # where, since 0 times a non-finite feature of a layer nobody chose would not be 0.
-        pooled = [
-            torch.where(scale[..., layer, None] > 0, z * scale[..., layer, None], 0.0)
-            for layer, z in enumerate(pooled)
+        scales = [scale[..., layer, None] for layer in range(len(features))]
+        features = [
+            torch.where(_like(s, z) > 0, z * _like(s, z), 0.0)
+            for s, z in zip(scales, features, strict=True)
         ]
-    return torch.cat(pooled, dim=1)
+    if features[0].ndim == 4:
+        size = _finest([(z.shape[2], z.shape[3]) for z in features])
+        features = [resized(z, size) for z in features]
+    return torch.cat(features, dim=1)
+
+
+def _finest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(size[0] for size in sizes), max(size[1] for size in sizes)
+
+
+def _like(scale: Tensor, z: Tensor) -> Tensor:
+    """(1,) or (B, 1) in the shape that multiplies (B, F) or (B, F, h, w)."""
+    return scale.view(*scale.shape, *[1] * (z.ndim - 2))
 
 
 def _pooled(z: Tensor) -> Tensor:

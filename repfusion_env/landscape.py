@@ -19,6 +19,7 @@ from repfusion_env.config_loading import ConfigError, check, merge, read_config_
 from repfusion_env.config_options import read_options
 from repfusion_env.landscapes.settings import LandscapeSettings
 from repfusion_env.registry import did_you_mean
+from repfusion_env.stage2.settings import ANNOTATIONS
 
 PROG = "python -m repfusion_env.landscape"
 
@@ -109,6 +110,12 @@ def _run(arguments: list[str]) -> int:
     if chosen.seed is not None:
         given["seed"] = chosen.seed
     config, name = _config(chosen, given)
+    if config.task in ANNOTATIONS:
+        raise ValueError(
+            f"task: '{config.task}' given, but a landscape tells classes of whole images apart; give "
+            "--task classification where the images have labels, or compare fixed timesteps by "
+            "python -m agents.compare --arms fixed"
+        )
     settings = LandscapeSettings(
         layers=tuple(chosen.layers),
         images=chosen.images,

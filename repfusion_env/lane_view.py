@@ -43,7 +43,8 @@ def draw_lane(
     """One frame, uint8 (height, width, 3).
 
     The noised image and the teacher's feature map are computed anew for this lane, with the very
-    noise of the decision, so that nothing has to be kept when nobody looks.
+    noise of the decision, so that nothing has to be kept when nobody looks. They are those of the
+    image as it is in the bank, whatever ``augmentation`` made of it for the step.
 
     Args:
         trainer: Teacher and grid.
@@ -55,15 +56,18 @@ def draw_lane(
         lane: Which lane.
         layered: Whether actions choose a layer.
     """
-    from repfusion_env.rendering import Frame, draw_frame
+    from repfusion_env.prediction_figure import comparable
+    from repfusion_env.rendering import TILE_SIDE, Frame, draw_frame, image_colors
 
-    parts = trainer.parts
+    parts, task = trainer.parts, trainer.task
     layers = tuple(parts.teacher.layers)
     frame = Frame(
         grid=trainer.grid_timesteps,
         layers=layers if layered else (),
         counts=decisions.total.cpu().numpy(),
         layer_counts=decisions.layer_total.cpu().numpy(),
+        dense=task.annotation != "labels",
+        score_name=task.score,
     )
     at = slice(lane, lane + 1)
     if last is None:
@@ -76,10 +80,21 @@ def draw_lane(
     inputs = parts.features.inputs(bank, looks, timesteps, visits, noise_seed)
     maps = parts.teacher.features(inputs, timesteps)
     layer = None if choice.layers is None else int(choice.layers[lane])
-    with torch.no_grad():
-        _, pooled = trainer.embed(bank.pixels(ids))
-        prediction = int(trainer.student.head(pooled).argmax(1))
     image = bank.pixels(ids)[0].cpu().numpy()
+    outputs, answers = trainer.outputs(bank.pixels(ids)), task.targets(bank, ids)
+    with torch.no_grad():
+        said = comparable(task, task.predict(outputs), answers)[0].cpu()
+    if frame.dense:
+        colors = image_colors(image)
+        frame = replace(
+            frame,
+            truth=task.draw(colors, answers[0].cpu(), TILE_SIDE),
+            answer=task.draw(colors, said, TILE_SIDE),
+            score=float(task.correct(outputs, answers)[0]),
+        )
+    else:
+        label, prediction = bank.classes[int(answers[0])], bank.classes[int(said)]
+        frame = replace(frame, label=label, prediction=prediction)
     latents = " latents" if clean.shape[1] not in (1, 3) else ""
     history = torch.stack(decisions.history).cpu().numpy() if decisions.history else np.zeros(0)
     return draw_frame(
@@ -94,8 +109,6 @@ def draw_lane(
             rewards=history,
             timesteps=tuple(timesteps.tolist()),
             reward=float(last.result.reward[lane]),
-            label=bank.classes[int(bank.labels[ids])],
-            prediction=bank.classes[prediction],
             decisions=int(decisions.total.sum()) // len(timesteps),
         )
     )

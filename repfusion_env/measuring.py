@@ -26,7 +26,8 @@ class StepResult:
         distillation_loss: Before the update.
         task_loss_before: Of the training forward; in inference mode under ``student_gain``.
         task_loss_after: After the update, in inference mode; None where the reward needs none.
-        correct: Whether the student solved the sample in the training forward.
+        correct: How much of the sample the student solved in the training forward: bool, or float32
+            in [0, 1].
     """
 
     reward: Tensor
@@ -36,18 +37,29 @@ class StepResult:
     correct: Tensor
 
 
-def matched_feature(
+def moved_features(
     student: Student, maps: Sequence[Tensor], pooled: Tensor, dense: bool
-) -> Tensor:
-    """What the projection takes: the last map (B, S, h, w), or its average (B, S) if that does."""
-    return maps[-1] if dense or student.projections.all_stages else pooled
+) -> list[Tensor]:
+    """What is matched, and what a look-ahead moves: maps (B, S, h, w), or one average (B, S)."""
+    if dense or student.projections.all_stages:
+        return [maps[index] for index in student.projections.moved]
+    return [pooled]
+
+
+def put_back(student: Student, moved: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
+    """All maps, with those that moved in their places."""
+    found = list(maps)
+    for index, feature in zip(student.projections.moved, moved, strict=True):
+        found[index] = feature
+    return found
 
 
 def projected(
-    student: Student, feature: Tensor, lower: Sequence[Tensor], dense: bool
+    student: Student, moved: Sequence[Tensor], maps: Sequence[Tensor], dense: bool
 ) -> list[Tensor]:
     """The student's feature at each teacher layer, (B, F), or dense (B, F, h, w)."""
-    found: list[Tensor] = student.projections(feature, lower)
+    together = put_back(student, moved, maps)
+    found: list[Tensor] = student.projections(together[-1], together[:-1])
     return [p.mean((2, 3)) if p.ndim == 4 and not dense else p for p in found]
 
 

@@ -91,9 +91,8 @@ class Observer:
             return observations
         trainer = self.trainer
         with torch.no_grad():
-            _, pooled = trainer.embed(bank.pixels(ids))
             targets = trainer.task.targets(bank, ids)
-            losses = trainer.task.losses(trainer.student.head(pooled), targets)
+            losses = trainer.task.losses(trainer.outputs(bank.pixels(ids)), targets)
         losses = torch.nan_to_num(losses, nan=LOSS_BOUND).clamp(0.0, LOSS_BOUND)
         progress = torch.full_like(losses, trainer.progress)
         return torch.cat((observations, torch.stack((progress, losses), 1)), dim=1)

@@ -100,6 +100,12 @@ def _run(argv: Sequence[str] | None) -> int:
     from repfusion_env.stage2.loading import fresh_backbone
 
     config = load_config(folder / "config.yaml")
+    if config.task != "classification":
+        raise ValueError(
+            f"run '{folder}' was made for task '{config.task}', and a probe tells classes of whole "
+            f"images apart; train its head alone by python -m repfusion_env.finetune {folder} "
+            "--frozen"
+        )
     place = resolve_device(given["device"] or config.device)
     train, heldout = load_banks(config, place)
     if given["train_images"] is not None:

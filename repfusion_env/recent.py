@@ -5,7 +5,7 @@ Shape letters: N lanes, B samples, L teacher layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,30 @@ class RecentDecisions:
     def __init__(self, size: int) -> None:
         self.size = size
         self._kept: tuple[Tensor, Targets] | None = None
+        self._beside: list[Tensor] = []
 
-    def fill_up(self, ids: Tensor, new: Targets) -> tuple[Tensor, Targets]:
+    def fill_up(
+        self, ids: Tensor, new: Targets, beside: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Targets, list[Tensor]]:
         """This step's samples first, then the most recent earlier ones up to the batch size.
 
         Args:
             ids: (N,) images of this step.
             new: Their targets.
+            beside: Whatever else is to be kept of a sample, (N, ...) each: augmented images.
 
         Returns:
-            Images (B,) and targets; B is ``size``, or N where that is more, or fewer at the start.
+            Images (B,), targets, and what is beside them; B is ``size``, or N where that is more,
+            or fewer at the start.
         """
+        beside = list(beside)
         if len(ids) >= self.size:
-            return ids, new
+            return ids, new, beside
         targets = Targets(new.features, new.weights, probe=new.probe)
         if self._kept is not None:
             lanes = len(ids)
+            pairs = zip(beside, self._beside, strict=True)
+            beside = [torch.cat(pair)[: self.size] for pair in pairs]
             ids, targets = self._joined(ids, targets, *self._kept)
             # An earlier decision without a finite feature spoilt its own step; the newest decision
             # takes its place, or it would spoil every step until it has left the batch.
@@ -47,8 +55,9 @@ class RecentDecisions:
             rows = torch.arange(len(ids), device=ids.device)
             rows = rows * (torch.stack(finite).all(0) | (rows < lanes))
             ids, targets = ids[rows], _taken(targets, rows)
-        self._kept = (ids, targets.kept())
-        return ids, targets
+            beside = [values[rows] for values in beside]
+        self._kept, self._beside = (ids, targets.kept()), beside
+        return ids, targets, beside
 
     def _joined(
         self, ids: Tensor, new: Targets, old_ids: Tensor, old: Targets
@@ -81,12 +90,14 @@ class RecentDecisions:
             "features": list(targets.features),
             "weights": targets.weights,
             "probe": targets.probe,
+            "beside": list(self._beside),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._kept = None
+        self._kept, self._beside = None, []
         if state is not None:
+            self._beside = [values.to(device) for values in state["beside"]]
             targets = Targets(state["features"], state["weights"], probe=state["probe"])
             self._kept = (state["ids"].to(device), _mapped(targets, lambda v: v.to(device)))
 

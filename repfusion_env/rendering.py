@@ -23,14 +23,16 @@ from PIL import Image
 from repfusion_env import plot_style as style
 from repfusion_env.layer_names import short_names, shortened
 
-# Pixels from the frame's left or top.
-WIDTH, HEIGHT, DPI = 1120, 480, 100
+# Pixels from the frame's left or top. A frame with two rows of tiles is DENSE_HEIGHT high.
+WIDTH, HEIGHT, DENSE_HEIGHT, DPI = 1120, 480, 656, 100
 TILE_SIDE, TILE_TOP, TILE_LEFTS = 244, 90, (28, 284, 540)
 CHART_LEFT, CHART_WIDTH, CHART_HEIGHT = 850, 242, 130
 BARS_TOP, CURVE_TOP = TILE_TOP, 298
 LAYERS_PART, GAP_PART = 0.3, 0.1  # of the chart's width, where timesteps and layers share it
 VALUES_TOP, VALUES_APART = 378, 154
+SECOND_TOP, DENSE_CHART_HEIGHT = 378, 204
 
+CLASS_VALUES = ("label", "student says")
 EMPTY_TILE = 243
 GREY = 0.5
 AVERAGED_STEPS = 64
@@ -60,6 +62,12 @@ class Frame:
         label: The image's label, as text or number.
         prediction: What the student says it is.
         decisions: Decisions made so far.
+        dense: Whether the answer is a picture: two more tiles take the place of label and
+            prediction.
+        truth: The image with what is known of it, uint8 (H, W, 3).
+        answer: The image with what the student says of it, uint8 (H, W, 3).
+        score: How much of it is solved, in [0, 1].
+        score_name: What that is called.
     """
 
     grid: tuple[int, ...]
@@ -78,13 +86,18 @@ class Frame:
     label: str | int | None = None
     prediction: str | int | None = None
     decisions: int | None = None
+    dense: bool = False
+    truth: np.ndarray | None = None
+    answer: np.ndarray | None = None
+    score: float | None = None
+    score_name: str = "score"
 
 
 def draw_frame(frame: Frame) -> np.ndarray:
-    """One frame as a new array, uint8 (480, 1120, 3); see :meth:`Renderer.draw`."""
+    """One frame as a new array, uint8 (480 or 656, 1120, 3); see :meth:`Renderer.draw`."""
     # The figure behind a grid is set up once and drawn by one thread at a time.
     with _DRAWING:
-        return _renderer(frame.grid, frame.layers).draw(frame)
+        return _renderer(frame.grid, frame.layers, frame.dense).draw(frame)
 
 
 class Renderer:
@@ -93,17 +106,22 @@ class Renderer:
     Args:
         grid: The K timesteps of the grid, in the order of the actions.
         layers: The teacher's layers, where the action chooses one.
+        dense: Whether frames show the answer as pictures, in a second row of tiles.
     """
 
-    def __init__(self, grid: tuple[int, ...], layers: tuple[str, ...] = ()) -> None:
-        self.grid, self.layers = tuple(grid), tuple(layers)
-        figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor=style.PAPER)
+    def __init__(
+        self, grid: tuple[int, ...], layers: tuple[str, ...] = (), dense: bool = False
+    ) -> None:
+        self.grid, self.layers, self.dense = tuple(grid), tuple(layers), dense
+        height = DENSE_HEIGHT if dense else HEIGHT
+        chart_height = DENSE_CHART_HEIGHT if dense else CHART_HEIGHT
+        figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=style.PAPER)
         self._canvas = FigureCanvasAgg(figure)
 
         def text(x: float, y: float, content: str, size: float, color: str) -> Text:
             # A class may be called "$x$": that is no formula.
             return figure.text(
-                x / WIDTH, 1 - y / HEIGHT, content, fontsize=size, color=color, parse_math=False
+                x / WIDTH, 1 - y / height, content, fontsize=size, color=color, parse_math=False
             )
 
         left = TILE_LEFTS[0]
@@ -119,16 +137,22 @@ class Renderer:
             for x, title in zip(TILE_LEFTS, titles, strict=True)
         ]
         self._values: dict[str, Text] = {}
-        for index, name in enumerate(("decision", "timestep", "reward", "label", "student says")):
-            text(left + index * VALUES_APART, VALUES_TOP, name, 9, style.MUTED)
-            self._values[name] = text(
-                left + index * VALUES_APART, VALUES_TOP + 36, "", 20, style.INK
-            )
+        names = ("decision", "timestep", "reward", *(("score",) if dense else CLASS_VALUES))
+        self._names: dict[str, Text] = {}
+        for index, name in enumerate(names):
+            x, y = left + index * VALUES_APART, VALUES_TOP
+            if dense:  # below each other, where a third tile would be
+                x, y = TILE_LEFTS[2], SECOND_TOP + 8 + index * TILE_SIDE // len(names)
+            self._names[name] = text(x, y, name, 9, style.MUTED)
+            self._values[name] = text(x, y + (30 if dense else 36), "", 20, style.INK)
+        if dense:
+            for x, title in zip(TILE_LEFTS[:2], ("ground truth", "student says"), strict=True):
+                text(x, SECOND_TOP - 10, title, 10, style.INK)
 
         def chart(top: int, title: str, x: str, start: float = 0.0, part: float = 1.0) -> Axes:
-            bottom = 1 - (top + CHART_HEIGHT) / HEIGHT
+            bottom = 1 - (top + chart_height) / height
             left = (CHART_LEFT + start * CHART_WIDTH) / WIDTH
-            size = (part * CHART_WIDTH / WIDTH, CHART_HEIGHT / HEIGHT)
+            size = (part * CHART_WIDTH / WIDTH, chart_height / height)
             axes = figure.add_axes((left, bottom, *size))
             style.style_axes(axes)
             style.label_axes(axes, title, x, size=8.5)
@@ -148,17 +172,17 @@ class Renderer:
             axes = chart(BARS_TOP, title, "layer", start=1 - part, part=part)
             axes.set_xticks(*_layer_ticks(self.layers, part))
             self._layer_bars = _Bars(axes, len(self.layers), part)
-        self._curve_axes = chart(CURVE_TOP, "reward", "step")
+        self._curve_axes = chart(SECOND_TOP if dense else CURVE_TOP, "reward", "step")
         self._set_up_curve()
 
     def draw(self, frame: Frame) -> np.ndarray:
         """Draw ``frame``.
 
         Returns:
-            A new array, uint8 (480, 1120, 3).
+            A new array, uint8 (480, 1120, 3), or (656, 1120, 3) where frames are dense.
 
         Raises:
-            ValueError: ``frame`` is over another grid or other layers.
+            ValueError: ``frame`` is over another grid or other layers, or of another kind.
         """
         if frame.grid != self.grid:
             raise ValueError(
@@ -168,6 +192,10 @@ class Renderer:
         if frame.layers != self.layers:
             raise ValueError(
                 f"the frame's {len(frame.layers)} layers are not the renderer's {len(self.layers)}"
+            )
+        if frame.dense != self.dense:
+            raise ValueError(
+                f"the frame is {'' if frame.dense else 'not '}dense, the renderer is the opposite"
             )
         self._update_text(frame)
         if self._bars is not None:
@@ -181,8 +209,12 @@ class Renderer:
         image = [] if frame.image is None else [image_colors(frame.image)]
         noised = [] if frame.noised is None else [image_colors(one) for one in frame.noised]
         feature = [] if frame.feature is None else _feature_tiles(frame.feature)
-        for left, tiles in zip(TILE_LEFTS, (image, noised, feature), strict=True):
-            place = pixels[TILE_TOP : TILE_TOP + TILE_SIDE, left : left + TILE_SIDE]
+        truth, answer = ([] if one is None else [one] for one in (frame.truth, frame.answer))
+        places = [(TILE_TOP, left) for left in TILE_LEFTS]
+        places += [(SECOND_TOP, left) for left in TILE_LEFTS[:2]]
+        shown = (image, noised, feature, *((truth, answer) if self.dense else ()))
+        for (top, left), tiles in zip(places, shown, strict=False):
+            place = pixels[top : top + TILE_SIDE, left : left + TILE_SIDE]
             place[:] = EMPTY_TILE
             for part, tile in zip(_parts(place, len(tiles)), tiles, strict=True):
                 _fill(part, tile)
@@ -194,20 +226,25 @@ class Renderer:
             "decision": None if frame.decisions is None else f"{frame.decisions:,}",
             "timestep": ", ".join(map(str, frame.timesteps)) or None,
             "reward": reward and reward.replace("-", "\N{MINUS SIGN}"),
+            "score": None if frame.score is None else f"{frame.score:.0%}",
             "label": frame.label,
             "student says": frame.prediction,
         }
-        for name, value in values.items():
+        if self.dense:
+            self._names["score"].set_text(shortened(frame.score_name.replace("_", " "), 34))
+        for name in self._values:
+            value = values[name]
             # A set of timesteps needs more room than a number.
             wide = name == "timestep" and len(frame.timesteps) > 1
             shown = "–" if value is None else str(value)
             self._values[name].set_text(shortened(shown, 18) if wide else _shortened(shown))
             size = 20 if len(shown) <= 10 or not wide else 12 if len(shown) <= 14 else 10
             self._values[name].set_fontsize(size)
-        known = frame.label is not None and frame.prediction is not None
-        right = str(frame.label) == str(frame.prediction)
-        color = (style.GREEN if right else style.RED) if known else style.INK
-        self._values["student says"].set_color(color)
+        if not self.dense:
+            known = frame.label is not None and frame.prediction is not None
+            right = str(frame.label) == str(frame.prediction)
+            color = (style.GREEN if right else style.RED) if known else style.INK
+            self._values["student says"].set_color(color)
         at = f" at t = {values['timestep']}" if frame.timesteps else ""
         self._titles[1].set_text(shortened(f"{frame.seen}{at}", 34))
         of = "teacher" if frame.layer is None else short_names(self.layers, 17)[frame.layer]
@@ -296,8 +333,8 @@ def feature_colors(feature: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _renderer(grid: tuple[int, ...], layers: tuple[str, ...]) -> Renderer:
-    return Renderer(grid, layers)
+def _renderer(grid: tuple[int, ...], layers: tuple[str, ...], dense: bool) -> Renderer:
+    return Renderer(grid, layers, dense)
 
 
 def _layer_ticks(layers: tuple[str, ...], part: float) -> tuple[list[int], list[str]]:

@@ -23,13 +23,15 @@ class Measurement:
     """One step's outcome for N lanes; no gradient flows to any parameter.
 
     Attributes:
-        student: Student features after the step's update, in inference mode: ``(N, S)``, or
-            ``(N, S, H, W)`` where positions matter. None unless the rule asks for it.
+        student: Student features after the step's update, in inference mode, that are matched:
+            one ``(N, S)``, or ``(N, S, H, W)`` of one or several stages where positions matter.
+            None unless the rule asks for it.
         teacher: Targets per layer, at the resolution at which they are matched.
         project: From features as in ``student`` to every layer's; what the student's other stages
             add is fixed per lane.
         jacobians: Derivatives (F, S) of ``project`` per layer where they are the same everywhere;
             None otherwise.
+        sources: For each layer, which of ``student`` its Jacobian is by; none: the only one.
         loss: The configured distillation loss.
         task_losses: Task loss per lane of student features as given in ``student``.
         loss_before: Task loss before the update (N,).
@@ -41,12 +43,12 @@ class Measurement:
         chosen: (N,) the only layer that counts for a lane; None: all of them.
     """
 
-    student: Tensor | None
+    student: list[Tensor] | None
     teacher: list[Tensor]
-    project: Callable[[Tensor], list[Tensor]]
+    project: Callable[[list[Tensor]], list[Tensor]]
     jacobians: list[Tensor] | None
     loss: DistillationLoss
-    task_losses: Callable[[Tensor], Tensor]
+    task_losses: Callable[[list[Tensor]], Tensor]
     loss_before: Tensor
     loss_after: Tensor | None
     probe_loss: Tensor | None
@@ -54,6 +56,7 @@ class Measurement:
     ids: Tensor | None = None
     weights: Tensor | None = None
     chosen: Tensor | None = None
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,16 @@ class RewardRule:
     attributable: bool = False
 
 
-def look_ahead(measured: Measurement) -> Tensor:
-    """The student feature that distilling each lane's teacher feature leads to.
+def look_ahead(measured: Measurement) -> list[Tensor]:
+    """The student features that distilling each lane's teacher feature leads to.
 
     For squared residuals (``hint``) of a linear projection the damped Gauss-Newton move (Levenberg
     1944, Marquardt 1963) ``h' = h - J^T (J J^T + lambda I)^-1 (P(h) - z)`` with the projection's
     weight as J, all layers stacked and each scaled by the root of its weight (1 on average), or the
-    lane's chosen layer alone; on dense features the same move at each position. ``l1`` has the same
-    minimiser and takes the same move. Any other loss ``l``, or any loss behind another projection,
-    is one residual ``sqrt(2 l)`` per sample, whose Gauss-Newton move is
-    ``h' = h - 2 l g / (|g|^2 + 2 lambda l)``, ``g`` the gradient of ``l``.
+    lane's chosen layer alone; on dense features the same move at each position; where layers are
+    matched with several stages, each stage by its own layers. ``l1`` has the same minimiser and
+    takes the same move. Any other loss ``l``, or any loss behind another projection, is one
+    residual ``sqrt(2 l)`` per sample, whose Gauss-Newton move is ``h' = h - 2 l g / (|g|^2 + 2 lambda l)``, ``g`` the gradient of ``l``.
     With ``lookahead: gradient`` the move is ``-eta * g``, scaled by the number of residuals so that
     it does not shrink with the feature's width.
 
@@ -96,26 +99,47 @@ def look_ahead(measured: Measurement) -> Tensor:
         if measured.jacobians is not None and measured.loss.names <= {"hint", "l1"}:
             return _residual_move(measured, measured.jacobians)
         return _scalar_move(measured)
-    _, gradient = _loss_gradient(measured)
+    _, gradients = _loss_gradient(measured)
     assert measured.student is not None
-    return measured.student - measured.config.eta * gradient
+    pairs = zip(measured.student, gradients, strict=True)
+    return [feature - measured.config.eta * gradient for feature, gradient in pairs]
 
 
-def _residual_move(measured: Measurement, jacobians: list[Tensor]) -> Tensor:
-    h, weights, damping = measured.student, measured.weights, measured.config.damping
-    assert h is not None
-    residuals = [p - z for p, z in zip(measured.project(h), measured.teacher, strict=True)]
+def _residual_move(measured: Measurement, jacobians: list[Tensor]) -> list[Tensor]:
+    assert measured.student is not None
+    targets = zip(measured.project(measured.student), measured.teacher, strict=True)
+    residuals = [p - z for p, z in targets]
+    sources = measured.sources or (0,) * len(residuals)
+    return [
+        h - _stage_step(measured, h, [source == stage for source in sources], jacobians, residuals)
+        for stage, h in enumerate(measured.student)
+    ]
+
+
+def _stage_step(
+    measured: Measurement,
+    h: Tensor,
+    mine: list[bool],
+    jacobians: list[Tensor],
+    residuals: list[Tensor],
+) -> Tensor:
+    """The step of one stage's feature ``h`` by the layers that are matched with it (``mine``)."""
+    weights, damping, count = measured.weights, measured.config.damping, len(residuals)
     if measured.chosen is not None:
-        pairs = zip(jacobians, residuals, strict=True)
-        steps = torch.stack([_step(_damped(jacobian, damping), r) for jacobian, r in pairs])
-        return h - steps[measured.chosen, torch.arange(len(h), device=h.device)]
+        steps = [
+            _step(_damped(jacobian, damping), residual) if own else torch.zeros_like(h)
+            for jacobian, residual, own in zip(jacobians, residuals, mine, strict=True)
+        ]
+        return torch.stack(steps)[measured.chosen, torch.arange(len(h), device=h.device)]
+    kept = [index for index, own in enumerate(mine) if own]
+    jacobians, residuals = [jacobians[i] for i in kept], [residuals[i] for i in kept]
     if weights is not None and weights.ndim == 2:
-        return h - _weighted_step(jacobians, residuals, weights * len(residuals), damping)
+        return _weighted_step(jacobians, residuals, weights[:, kept] * count, damping)
     if weights is not None:
-        roots = (weights * len(residuals)).sqrt()
+        roots = (weights[kept] * count).sqrt()
         jacobians = [jacobian * root for jacobian, root in zip(jacobians, roots, strict=True)]
         residuals = [residual * root for residual, root in zip(residuals, roots, strict=True)]
-    return h - _step(_damped(torch.cat(jacobians), damping), torch.cat(residuals, dim=1))
+    return _step(_damped(torch.cat(jacobians), damping), torch.cat(residuals, dim=1))
 
 
 def _damped(jacobian: Tensor, damping: float) -> Tensor:
@@ -159,14 +183,13 @@ def _weighted_step(
     return step.reshape(lanes, jacobian.shape[1], *positions)
 
 
-def _loss_gradient(measured: Measurement) -> tuple[Tensor, Tensor]:
-    """Loss per lane (N,) and its gradient by the lane's own feature."""
+def _loss_gradient(measured: Measurement) -> tuple[Tensor, list[Tensor]]:
+    """Loss per lane (N,) and its gradients by the lane's own features."""
     assert measured.student is not None
-    fixed = measured.student.detach()
+    lanes = torch.arange(len(measured.student[0]), device=measured.student[0].device)
     counts = [z[0].numel() for z in measured.teacher]
-    lanes = torch.arange(len(fixed), device=fixed.device)
     with torch.enable_grad():
-        h = fixed.clone().requires_grad_()
+        h = [feature.detach().clone().requires_grad_() for feature in measured.student]
         losses = []
         for index, (p, z) in enumerate(zip(measured.project(h), measured.teacher, strict=True)):
             # Related samples stay where they are: this lane's move is its own timestep's doing.
@@ -178,23 +201,30 @@ def _loss_gradient(measured: Measurement) -> tuple[Tensor, Tensor]:
             total = (torch.stack(losses, 1) * measured.weights).sum(1) * len(losses)
         else:
             total = sum(losses[1:], losses[0])
-        (gradient,) = torch.autograd.grad(total.sum(), h)
+        gradients = torch.autograd.grad(total.sum(), h)
     total = total.detach()
     if measured.chosen is None:
-        return total * sum(counts), gradient * sum(counts)
+        return total * sum(counts), [gradient * sum(counts) for gradient in gradients]
     # Selected by comparison: a table of the counts would have to be sent to the device each step.
     residuals = torch.zeros_like(total)
     for index, count in enumerate(counts):
         residuals = residuals + count * (measured.chosen == index)
-    return total * residuals, gradient * residuals.view(-1, *[1] * (gradient.ndim - 1))
+    return total * residuals, [_per_lane(residuals, g) * g for g in gradients]
 
 
-def _scalar_move(measured: Measurement) -> Tensor:
+def _scalar_move(measured: Measurement) -> list[Tensor]:
     assert measured.student is not None
-    loss, gradient = _loss_gradient(measured)
-    norm = gradient.flatten(1).square().sum(1)
+    loss, gradients = _loss_gradient(measured)
+    norms = [gradient.flatten(1).square().sum(1) for gradient in gradients]
+    norm = sum(norms[1:], norms[0])
     scale = 2.0 * loss / (norm + 2.0 * measured.config.damping * loss).clamp_min(1e-12)
-    return measured.student - scale.view(-1, *[1] * (gradient.ndim - 1)) * gradient
+    pairs = zip(measured.student, gradients, strict=True)
+    return [feature - _per_lane(scale, feature) * gradient for feature, gradient in pairs]
+
+
+def _per_lane(values: Tensor, feature: Tensor) -> Tensor:
+    """(N,) in the shape that multiplies (N, ...)."""
+    return values.view(-1, *[1] * (feature.ndim - 1))
 
 
 def _student_lookahead(measured: Measurement) -> Tensor:

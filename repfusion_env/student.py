@@ -6,7 +6,7 @@ Shape letters: B samples, C,H,W image, S student width, h,w its last map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from repfusion_env.config import ExperimentConfig, OptimizerConfig
 from repfusion_env.frozen import FrozenParts
+from repfusion_env.fusion import probe_shape
 from repfusion_env.registry import PROJECTIONS, look_up
-from repfusion_env.tasks import Task
+from repfusion_env.tasks import Shape, Task
 from students import Backbone, Projections, build_backbone
 
 
@@ -31,16 +32,20 @@ class Student(nn.Module):
             image_size=size,
             pretrained=config.student.pretrained,
         )
-        stages = _stage_shapes(self.backbone, parts.train.shape)
+        stages = stage_shapes(self.backbone, parts.train.shape)
         name = config.distillation.projection
         self.projections: Projections = look_up("projection", name, PROJECTIONS)(
             stages, parts.features.shapes
         )
-        self.head = task.head(self.backbone.feature_channels)
-        self.probe = task.head(sum(parts.features.widths), config.reward.probe_hidden)
+        self.all_stages = self.projections.all_stages or task.reads == "stages"
+        self.head = task.head(head_shapes(task, stages))
+        self.probe = task.head(
+            [probe_shape(parts.features.shapes, pooled=task.reads == "pooled")],
+            config.reward.probe_hidden,
+        )
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The maps that the projection reads, shallow to deep; the last one is the feature.
+        """The maps that projection and head read, shallow to deep; the last one is the feature.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -49,15 +54,37 @@ class Student(nn.Module):
             float32 maps, at least that of the last stage, (B, S, h, w).
         """
         maps = self.backbone(images)
-        stages = self.backbone.stages if self.projections.all_stages else self.backbone.stages[-1:]
+        stages = self.backbone.stages if self.all_stages else self.backbone.stages[-1:]
         return [maps[stage].float() for stage in stages]
 
 
+def task_input(task: Task, maps: Sequence[Tensor]) -> list[Tensor]:
+    """What the task's head takes of a backbone's maps, shallow to deep: ``head(*task_input(...))``.
+
+    Args:
+        task: Whose head it is.
+        maps: Of all stages, or of the last one alone where that is all it reads; this may also be
+            its average (B, S).
+    """
+    if task.reads == "stages":
+        return list(maps)
+    last = maps[-1]
+    return [last.mean((2, 3)) if task.reads == "pooled" and last.ndim == 4 else last]
+
+
+def head_shapes(task: Task, stages: Sequence[Shape]) -> list[Shape]:
+    """The shapes of :func:`task_input` for maps of ``stages``, (C, H, W) each."""
+    if task.reads == "stages":
+        return list(stages)
+    return [(stages[-1][0], 1, 1) if task.reads == "pooled" else stages[-1]]
+
+
 @torch.no_grad()
-def _stage_shapes(backbone: Backbone, shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """(C, H, W) of each stage's map for images of ``shape``."""
+def stage_shapes(backbone: Backbone, shape: Shape) -> list[Shape]:
+    """(C, H, W) of each stage's map, shallow to deep, for images of ``shape``."""
     training = backbone.training
-    maps = backbone.eval()(torch.zeros(1, *shape))
+    device = next(backbone.parameters()).device
+    maps = backbone.eval()(torch.zeros(1, *shape, device=device))
     backbone.train(training)
     found = [maps[stage].shape for stage in backbone.stages]
     return [(width, height, wide) for _, width, height, wide in found]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repfusion_env import registry
 from repfusion_env.actions.choice import Choice
+from repfusion_env.augmentation import make_augmentation
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.contrastive import Contrastive, make_contrastive
 from repfusion_env.data.bank import ImageBank
@@ -27,15 +28,17 @@ from repfusion_env.measuring import (
     finite_reward,
     layer_losses,
     loss_shapes,
-    matched_feature,
+    moved_features,
     on_student_grid,
     projected,
+    put_back,
 )
 from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.recent import RecentDecisions
 from repfusion_env.rewards import Measurement, RewardRule
-from repfusion_env.student import Student
-from repfusion_env.tasks import Task
+from repfusion_env.student import Student, task_input
+from repfusion_env.tasks.build import build_task
+from repfusion_env.tasks.measuring import measure
 from repfusion_env.updates import NonFiniteError, Updates
 
 __all__ = ["DistillationTrainer", "NonFiniteError", "StepResult"]
@@ -56,7 +59,7 @@ class DistillationTrainer:
         self.config = config
         self.parts = parts
         self.device = parts.device
-        self.task: Task = registry.look_up("task", config.task, registry.TASKS)(parts.train)
+        self.task = build_task(config, parts.train)
         self.rule: RewardRule = registry.look_up("reward", config.reward.kind, registry.REWARDS)
         # With nothing trained there is no update to look back on; the look-ahead still judges.
         self.heldout_reward = config.reward.kind if self.rule.attributable else "student_lookahead"
@@ -64,6 +67,12 @@ class DistillationTrainer:
             "reward", self.heldout_reward, registry.REWARDS
         )
         self.dense = config.distillation.dense
+        if self.task.reads != "pooled" and not self.dense:
+            raise ValueError(
+                f"distillation.dense: task '{config.task}' reads feature maps, so they are matched "
+                "position by position: give distillation.dense true"
+            )
+        self.augmentation = make_augmentation(config, parts.train, self.task.annotation)
         self.reset(config.seed)
 
     def reset(self, seed: int) -> None:
@@ -79,7 +88,13 @@ class DistillationTrainer:
         with own_randomness(derive_seed(seed, "loss")):
             self.loss = DistillationLoss(config.distillation, shapes).to(self.device)
         self._loss_learns = any(True for _ in self.loss.parameters())
-        self.fusion = Fusion(config, parts.teacher.layers, parts.grid, parts.teacher.num_timesteps)
+        self.fusion = Fusion(
+            config,
+            parts.teacher.layers,
+            parts.grid,
+            parts.teacher.num_timesteps,
+            pooled=self.task.reads == "pooled",
+        )
         width = self.student.backbone.feature_channels
         self.contrastive = make_contrastive(config, width, parts.train.shape, seed, self.device)
         self.updates = self._make_updates()
@@ -140,10 +155,11 @@ class DistillationTrainer:
             NonFiniteError: ``optimizer.nonfinite_patience`` steps in a row had no finite loss.
         """
         bank, lanes = self.parts.train, ids.shape[0]
-        new = self._targets(bank, ids, choice, visits, self.noise_seed)
-        batch_ids, batch = self.recent.fill_up(ids, new)
-        answers = self.task.targets(bank, batch_ids)
-        images = bank.pixels(batch_ids)
+        seen = self._augmented(ids)
+        shown = seen[0] if seen else None
+        new = self._targets(bank, ids, choice, visits, self.noise_seed, shown)
+        batch_ids, batch, seen = self.recent.fill_up(ids, new, seen)
+        images, answers = seen or (bank.pixels(batch_ids), self.task.targets(bank, batch_ids))
         before = (
             self._task_losses_now(images[:lanes], answers[:lanes]) if self.rule.before else None
         )
@@ -159,17 +175,18 @@ class DistillationTrainer:
             with self._precision():
                 maps = self.student.features(images)
             pooled = maps[-1].mean((2, 3))
-            feature = matched_feature(self.student, maps, pooled, self.dense)
-            mine = projected(self.student, feature, maps[:-1], self.dense)
+            features = moved_features(self.student, maps, pooled, self.dense)
+            mine = projected(self.student, features, maps, self.dense)
             teacher = on_student_grid(self.student, batch.features)
             distilled = layer_losses(self.loss, mine, teacher, batch.weights, batch_ids)
             weight = self.config.distillation.task_weight
-            outputs = self.student.head(pooled if weight else pooled.detach())
+            read = task_input(self.task, maps)
+            outputs = self.student.head(*(read if weight else [part.detach() for part in read]))
             task_losses = self.task.losses(outputs, answers)
             total = distilled.mean() + (weight or 1.0) * task_losses.mean()
             probe_losses = None
             if self.rule.probe or self.fusion.logits is not None:
-                probe_losses = self.task.losses(self.student.probe(probe_input(batch)), answers)
+                probe_losses = self.task.losses(self._probe(self.student, batch), answers)
                 total = total + probe_losses.mean()
             if self._loss_learns:
                 total = total + self.loss.auxiliary(teacher)
@@ -194,7 +211,7 @@ class DistillationTrainer:
                     probe_loss=None if probe_losses is None else probe_losses[:lanes].detach(),
                 )
                 reward = finite_reward(self.rule.compute(measured), measured.loss_before)
-                correct = self.task.correct(outputs[:lanes], answers[:lanes])
+                correct = self.task.correct(outputs, answers)[:lanes]
         result = StepResult(
             reward, distilled[:lanes].detach(), measured.loss_before, after_losses, correct
         )
@@ -220,12 +237,11 @@ class DistillationTrainer:
         new = self._targets(bank, ids, choice, visits, self.heldout_noise_seed)
         student, answers = self.evaluation_student, self.task.targets(bank, ids)
         maps = self._maps(bank.pixels(ids), student)
-        pooled = maps[-1].mean((2, 3))
-        outputs = student.head(pooled)
+        outputs = student.head(*task_input(self.task, maps))
         losses = self.task.losses(outputs, answers)
         probe_loss = None
         if self.heldout_rule.probe:
-            probe_loss = self.task.losses(student.probe(probe_input(new)), answers)
+            probe_loss = self.task.losses(self._probe(student, new), answers)
         teacher = on_student_grid(student, new.features)
         # A loss that remembers images by their numbers knows those of the training bank alone.
         known = ids if bank is self.parts.train else None
@@ -243,8 +259,8 @@ class DistillationTrainer:
                 probe_loss=probe_loss,
             )
             reward = self.heldout_rule.compute(measured)
-            feature = matched_feature(student, maps, pooled, self.dense)
-            mine = projected(student, feature, maps[:-1], self.dense)
+            features = moved_features(student, maps, maps[-1].mean((2, 3)), self.dense)
+            mine = projected(student, features, maps, self.dense)
             distilled = layer_losses(self.loss, mine, teacher, new.weights, known)
         correct = self.task.correct(outputs, answers)
         return StepResult(finite_reward(reward, losses), distilled, losses, losses, correct)
@@ -262,6 +278,28 @@ class DistillationTrainer:
         """
         last = self._maps(images, student or self.student)[-1]
         return last, last.mean((2, 3))
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor, student: Student | None = None) -> Any:
+        """What the student's task head says, in inference mode; for the task's methods.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            student: Default: the student that is being trained.
+        """
+        student = student or self.student
+        return student.head(*task_input(self.task, self._maps(images, student)))
+
+    def heldout_metrics(self, limit: int | None = None) -> dict[str, float]:
+        """The task's metric of the student that evaluation sees, on the held-out images.
+
+        Args:
+            limit: Use only the first so many of them.
+        """
+        student = self.evaluation_student
+        return measure(
+            self.task, lambda images: self.outputs(images, student), self.parts.heldout, limit
+        )
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call under their TensorBoard tags, read by the host at once."""
@@ -317,12 +355,34 @@ class DistillationTrainer:
         return self.config.contrastive.weight * loss
 
     def _targets(
-        self, bank: ImageBank, ids: Tensor, choice: Choice | Tensor, visits: Tensor, noise_seed: int
+        self,
+        bank: ImageBank,
+        ids: Tensor,
+        choice: Choice | Tensor,
+        visits: Tensor,
+        noise_seed: int,
+        images: Tensor | None = None,
     ) -> Targets:
         if isinstance(choice, Tensor):
             choice = self.fusion.choice(choice)
-        targets: Targets = self.fusion(self.parts.features, bank, ids, choice, visits, noise_seed)
+        targets: Targets = self.fusion(
+            self.parts.features, bank, ids, choice, visits, noise_seed, images
+        )
         return targets
+
+    def _augmented(self, ids: Tensor) -> list[Tensor]:
+        """Changed images (N, C, H, W) and what is known of them; nothing without augmentation."""
+        if self.augmentation is None:
+            return []
+        images = self.parts.train.pixels(ids)
+        answers = self.task.targets(self.parts.train, ids)
+        group = self.config.env.group_size
+        with own_randomness(derive_seed(self.seed, "augment", self.steps), self.device):
+            return list(self.augmentation(images, answers, group if len(ids) % group == 0 else 1))
+
+    def _probe(self, student: Student, targets: Targets) -> Any:
+        """What the head on the teacher's feature says."""
+        return student.probe(probe_input(targets, pooled=self.task.reads == "pooled"))
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -341,7 +401,7 @@ class DistillationTrainer:
 
     def _task_losses_now(self, images: Tensor, answers: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.task.losses(self.student.head(self.embed(images)[1]), answers)
+            return self.task.losses(self.outputs(images), answers)
 
     def _measure_after(
         self, images: Tensor, answers: Tensor
@@ -350,7 +410,7 @@ class DistillationTrainer:
             return None, None
         maps = self._maps(images, self.student)
         self.loss.eval()
-        return maps, self.task.losses(self.student.head(maps[-1].mean((2, 3))), answers)
+        return maps, self.task.losses(self.student.head(*task_input(self.task, maps)), answers)
 
     def _measurement(
         self,
@@ -365,20 +425,21 @@ class DistillationTrainer:
         loss_after: Tensor | None,
         probe_loss: Tensor | None,
     ) -> Measurement:
-        feature, lower = None, []
-        if maps is not None:
-            feature = matched_feature(student, maps, maps[-1].mean((2, 3)), self.dense)
-            lower = list(maps[:-1])
+        maps = [] if maps is None else list(maps)
+        features = None
+        if maps:
+            features = moved_features(student, maps, maps[-1].mean((2, 3)), self.dense)
 
-        def task_losses(moved: Tensor) -> Tensor:
-            pooled = moved.mean((2, 3)) if moved.ndim == 4 else moved
-            return self.task.losses(student.head(pooled), answers)
+        def task_losses(moved: list[Tensor]) -> Tensor:
+            together = put_back(student, moved, maps)
+            return self.task.losses(student.head(*task_input(self.task, together)), answers)
 
         return Measurement(
-            student=feature,
+            student=features,
             teacher=teacher,
-            project=lambda h: projected(student, h, lower, self.dense),
+            project=lambda moved: projected(student, moved, maps, self.dense),
             jacobians=student.projections.jacobians(),
+            sources=student.projections.sources,
             loss=self.loss,
             task_losses=task_losses,
             loss_before=loss_before,
@@ -394,4 +455,4 @@ class DistillationTrainer:
         self.metrics.add("reward/mean", result.reward)
         self.metrics.add("student/distillation_loss", result.distillation_loss)
         self.metrics.add("student/task_loss", result.task_loss_before)
-        self.metrics.add("student/accuracy", result.correct)
+        self.metrics.add(f"student/{self.task.score}", result.correct)

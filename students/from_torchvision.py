@@ -58,7 +58,7 @@ def build_torchvision(name: str, in_channels: int, image_size: int, pretrained: 
 
     network: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
     if in_channels != 3:
-        _replace_first_convolution(network, in_channels, pretrained)
+        replace_first_convolution(network, in_channels, pretrained)
     calls = _record_calls(network, in_channels)
     trunk = _find_trunk(network, calls)
     x = calls[""].input
@@ -80,7 +80,7 @@ def build_torchvision(name: str, in_channels: int, image_size: int, pretrained: 
     )
 
 
-def _replace_first_convolution(network: nn.Module, in_channels: int, pretrained: bool) -> None:
+def replace_first_convolution(network: nn.Module, in_channels: int, pretrained: bool) -> None:
     path, old = next(
         (path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)
     )

@@ -87,10 +87,14 @@ class Projections(nn.Module):
     Attributes:
         all_stages: Whether it reads the maps below the last stage too.
         sizes: (H, W) at which each teacher layer is matched position by position.
+        moved: The maps (indices into the stages) that a look-ahead moves; the others stay.
+        sources: For each teacher layer, which of ``moved`` its Jacobian is by; none: the only one.
     """
 
     all_stages: bool = False
     sizes: list[tuple[int, int]]
+    moved: tuple[int, ...] = (-1,)
+    sources: tuple[int, ...] = ()
 
     def forward(self, feature: Tensor, lower: Sequence[Tensor] = ()) -> list[Tensor]:
         """Project.
@@ -106,7 +110,7 @@ class Projections(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward.")
 
     def jacobians(self) -> list[Tensor] | None:
-        """Derivatives (F, S) by the feature, the same at every position; None where there are none.
+        """Derivatives (F, S) by the moved map, the same at each position; None: there are none.
 
         With them the look-ahead reward solves for its move in closed form.
         """

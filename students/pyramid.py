@@ -50,7 +50,7 @@ class FeaturePyramid(Projections):
     ) -> None:
         super().__init__()
         sizes = [(height, wide) for _, height, wide in stages]
-        self.levels = [_nearest(layer[1:], sizes) for layer in layers]
+        self.levels = [nearest_stage(layer[1:], sizes) for layer in layers]
         self.sizes = [sizes[level] for level in self.levels]
         # Levels below the lowest one that is matched would be computed for nothing.
         self.lowest = min(self.levels)
@@ -104,7 +104,7 @@ class _PyramidPooling(nn.Module):
         return merged
 
 
-def _nearest(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
+def nearest_stage(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
     """Index of the size with the closest number of positions by ratio; of equals the deepest."""
     ratios = [abs(math.log(h * w / (size[0] * size[1]))) for h, w in sizes]
     return max(index for index, ratio in enumerate(ratios) if ratio <= min(ratios) + 1e-9)

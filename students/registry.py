@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from students.backbone import Backbone
 
-# A builder takes (in_channels, image_size). It is named, not imported, so that a student's name can
-# be checked before torch is loaded.
+# A builder takes (in_channels, image_size); those of `WITH_WEIGHTS` also whether to load weights.
+# They are named, not imported, so that a student's name can be checked before torch is loaded.
 BACKBONES: dict[str, str | Callable[[int, int], Backbone]] = {
     "small_cnn": "students.small_cnn:build_small_cnn",
     "resnet18": "students.resnet18:build_resnet18",
     "mobilenetv2": "students.mobilenetv2:build_mobilenetv2",
     "wideresnet28_2": "students.wideresnet:build_wideresnet28_2",
+    "bisenet_resnet18": "students.bisenet:build_bisenet_resnet18",
+    "bisenet_resnet50": "students.bisenet:build_bisenet_resnet50",
 }
+
+# Students of this project that are built around a library's network, whose weights they can load.
+WITH_WEIGHTS = ("bisenet_resnet18", "bisenet_resnet50")
 
 # Builders take (name without prefix, in_channels, image_size, pretrained).
 _LIBRARIES = {
@@ -29,8 +34,35 @@ _LIBRARIES = {
 }
 
 
+# Behind a name: late strides become dilations, so that the last map keeps so much of the image.
+_STRIDE = "+stride"
+STRIDES = (1, 2, 4, 8, 16)
+
+
+def split_stride(name: str) -> tuple[str, int | None]:
+    """``"<network>+stride8"`` as the network's name and the stride; None where it has none.
+
+    Raises:
+        ValueError: The stride is none of `STRIDES`.
+    """
+    network, found, stride = name.partition(_STRIDE)
+    if not found:
+        return name, None
+    allowed = [str(known) for known in STRIDES]
+    if stride not in allowed:
+        raise ValueError(
+            f"Student '{name}': the stride '{stride}' is none of {', '.join(allowed)}, "
+            "as in 'torchvision/resnet50+stride8'."
+        )
+    return network, int(stride)
+
+
 def complaint(name: str) -> str | None:
     """The sentence that refuses ``name``, or None where it may be looked up; imports nothing."""
+    try:
+        name, _ = split_stride(name)
+    except ValueError as error:
+        return str(error)
     if name in BACKBONES or ":" in name or name.partition("/")[0] in _LIBRARIES:
         return None
     return _unknown(name, list(BACKBONES))
@@ -68,10 +100,12 @@ def build_backbone(
     Args:
         name: a key of `BACKBONES`, "torchvision/<name>" or "timm/<name>" for a network of one of
             these libraries, or "module:function" for a builder of your own that takes
-            (in_channels, image_size).
+            (in_channels, image_size). With "+stride8" behind it (or another of `STRIDES`) late
+            strides become dilations, and every coarser map has 1/8 of the image's side.
         in_channels: C of the images.
         image_size: H and W of the images, which are square.
-        pretrained: whether to load the library's weights; only with "torchvision/" and "timm/".
+        pretrained: whether to load the library's weights; only with "torchvision/", "timm/" and
+            the names in `WITH_WEIGHTS`.
 
     Returns:
         The backbone, in training mode.
@@ -85,26 +119,32 @@ def build_backbone(
     for argument, value in (("in_channels", in_channels), ("image_size", image_size)):
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}.")
+    full_name = name
+    name, output_stride = split_stride(name)
     library, _, short_name = name.partition("/")
     # A name of timm may end in a tag of weights: "timm/resnet18.a1_in1k".
     untagged = name.partition(".")[0] if library == "timm" else name
     if name in BACKBONES or ":" in name:
-        if pretrained:
+        if pretrained and name not in WITH_WEIGHTS:
+            own = ", ".join(f"'{known}'" for known in WITH_WEIGHTS)
             raise ValueError(
                 f"Student '{name}' has no pretrained weights; "
-                "only 'torchvision/<name>' and 'timm/<name>' have them."
+                f"only 'torchvision/<name>', 'timm/<name>', {own} have them."
             )
         builder = BACKBONES.get(name, name)
-        backbone = (_load(builder) if isinstance(builder, str) else builder)(
-            in_channels, image_size
-        )
+        build = _load(builder) if isinstance(builder, str) else builder
+        backbone = build(in_channels, image_size, *([True] if pretrained else []))
     elif library in _LIBRARIES and untagged in available_backbones(library):
         backbone = _load(_LIBRARIES[library])(short_name, in_channels, image_size, pretrained)
     else:
         libraries = (None, *_LIBRARIES)
         candidates = [known for library in libraries for known in available_backbones(library)]
         raise ValueError(_unknown(name, candidates))
-    check_image_size(backbone, name, in_channels, image_size)
+    if output_stride is not None:
+        from students.dilation import dilate
+
+        dilate(backbone, full_name, in_channels, output_stride)
+    check_image_size(backbone, full_name, in_channels, image_size)
     return backbone
 
 

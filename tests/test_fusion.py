@@ -238,12 +238,12 @@ def test_earlier_decisions_keep_their_layer(tiny):
     trainer = _trainer(tiny, **BOTH, **{"optimizer.batch_size": 6})
     for layers in ([0, 1, 1, 0], [1, 1, 1, 0]):
         new = _targets(trainer, IDS, _choice([[1]] * 4, layers))
-        ids, batch = trainer.recent.fill_up(IDS, new)
+        ids, batch, _ = trainer.recent.fill_up(IDS, new)
     assert ids.tolist() == [*IDS.tolist(), 3, 70]
     assert batch.weights.argmax(1).tolist() == [1, 1, 1, 0, 0, 1]
     assert torch.equal(batch.weights.sum(1), torch.ones(6))
     # All layers from now on: the new lanes weigh them equally, the earlier ones do not.
-    _, batch = trainer.recent.fill_up(IDS, _targets(trainer, IDS, _choice([[1]] * 4)))
+    _, batch, _ = trainer.recent.fill_up(IDS, _targets(trainer, IDS, _choice([[1]] * 4)))
     assert batch.weights.tolist() == [[0.5, 0.5]] * 4 + [[0.0, 1.0]] * 2
 
 
@@ -265,7 +265,7 @@ def test_weights_of_the_layers_weigh_their_losses(tiny):
     torch.testing.assert_close(found[0], (0.5 * mine[0] + 0.5 * mine[1]).detach())
     torch.testing.assert_close(found[1], (0.25 * mine[0] + 0.75 * mine[1]).detach())
     for _ in range(2):  # the weights of all lanes are those of earlier decisions too
-        _, batch = weighted.recent.fill_up(IDS, _targets(weighted, IDS, _choice([[1]] * 4)))
+        _, batch, _ = weighted.recent.fill_up(IDS, _targets(weighted, IDS, _choice([[1]] * 4)))
     assert len(batch.features[0]) == 8
     assert batch.weights.tolist() == [0.25, 0.75]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,19 @@ from students.projection import LinearProjections
 LANES, WIDTH, CLASSES = 5, 6, 4
 
 
+class _Project:
+    """Projects the only feature; the single layers' projections can be asked for."""
+
+    def __init__(self, projections):
+        self.projections = projections
+
+    def __call__(self, features):
+        return self.projections(*features)
+
+    def __getitem__(self, layer):
+        return self.projections[layer]
+
+
 def _measurement(widths, losses, dense=False, seed=0, weights=None, chosen=None, **settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -39,14 +53,15 @@ def _measurement(widths, losses, dense=False, seed=0, weights=None, chosen=None,
         before, after, probe = torch.rand(3, LANES, dtype=torch.float64)
     labels = torch.arange(LANES) % CLASSES
 
-    def task_losses(moved):
+    def task_losses(features):
+        (moved,) = features
         pooled = moved.mean((2, 3)) if moved.ndim == 4 else moved
         return F.cross_entropy(pooled @ head.T, labels, reduction="none")
 
     return Measurement(
-        student=features,
+        student=[features],
         teacher=teacher,
-        project=projections,
+        project=_Project(projections),
         jacobians=projections.jacobians(),
         loss=loss,
         task_losses=task_losses,
@@ -57,6 +72,18 @@ def _measurement(widths, losses, dense=False, seed=0, weights=None, chosen=None,
         weights=weights,
         chosen=chosen,
     )
+
+
+def _moved(measured):
+    """Where the only feature goes."""
+    (moved,) = look_ahead(measured)
+    return moved
+
+
+def _feature(measured):
+    """The only feature."""
+    (feature,) = measured.student
+    return feature
 
 
 def _damped_move(measured, h, z):
@@ -72,14 +99,14 @@ def _damped_move(measured, h, z):
 def test_squared_residuals_move_by_damped_gauss_newton(widths, loss):
     measured = _measurement(widths, {loss: 1.0}, damping=0.1)
     z = torch.cat(measured.teacher, 1).numpy()
-    expected = [_damped_move(measured, h, z[n]) for n, h in enumerate(measured.student.numpy())]
-    np.testing.assert_allclose(look_ahead(measured).detach().numpy(), expected, rtol=1e-8)
+    expected = [_damped_move(measured, h, z[n]) for n, h in enumerate(_feature(measured).numpy())]
+    np.testing.assert_allclose(_moved(measured).detach().numpy(), expected, rtol=1e-8)
 
 
 def test_dense_features_make_the_same_move_at_each_position():
     measured = _measurement((3, 5), {"hint": 1.0}, dense=True)
-    moved = look_ahead(measured).detach().numpy()
-    h, z = measured.student.numpy(), torch.cat(measured.teacher, 1).numpy()
+    moved = _moved(measured).detach().numpy()
+    h, z = _feature(measured).numpy(), torch.cat(measured.teacher, 1).numpy()
     for n, i, j in np.ndindex(LANES, 2, 3):
         expected = _damped_move(measured, h[n, :, i, j], z[n, :, i, j])
         np.testing.assert_allclose(moved[n, :, i, j], expected, rtol=1e-8)
@@ -87,16 +114,16 @@ def test_dense_features_make_the_same_move_at_each_position():
 
 def test_without_damping_the_moved_feature_projects_onto_the_teachers():
     measured = _measurement((3, 2), {"hint": 1.0}, damping=1e-12)
-    moved = look_ahead(measured)
+    moved = _moved(measured)
     for projection, z in zip(measured.project, measured.teacher, strict=True):
         np.testing.assert_allclose(projection(moved).detach(), z, atol=1e-6)
 
 
 def test_the_lookahead_reward_is_minus_the_heads_loss_at_the_moved_feature():
     measured = _measurement((3,), {"hint": 1.0})
-    expected = -measured.task_losses(look_ahead(measured))
+    expected = -measured.task_losses([_moved(measured)])
     assert torch.equal(student_lookahead.compute(measured), expected)
-    assert not torch.allclose(expected, -measured.task_losses(measured.student))
+    assert not torch.allclose(expected, -measured.task_losses([_feature(measured)]))
 
 
 def _cosine_loss(measured, h, n):
@@ -112,9 +139,9 @@ def _cosine_loss(measured, h, n):
 @pytest.mark.parametrize("lookahead", ["gauss_newton", "gradient"])
 def test_other_losses_move_along_their_gradient(lookahead):
     measured = _measurement((3, 4), {"cosine": 1.0}, lookahead=lookahead, damping=0.3, eta=0.7)
-    moved = look_ahead(measured).detach()
+    moved = _moved(measured).detach()
     for n in range(LANES):
-        h = measured.student[n].clone().requires_grad_()
+        h = _feature(measured)[n].clone().requires_grad_()
         loss = _cosine_loss(measured, h, n)
         (g,) = torch.autograd.grad(loss, h)
         step = 2 * loss / (g @ g + 2 * 0.3 * loss) if lookahead == "gauss_newton" else 0.7
@@ -125,9 +152,9 @@ def test_the_gradient_move_of_hint_is_independent_of_the_teachers_width():
     measured = _measurement((4,), {"hint": 1.0}, lookahead="gradient", eta=0.25)
     (projection,), (z,) = measured.project, measured.teacher
     W = projection.weight.detach()
-    residual = projection(measured.student).detach() - z
-    expected = measured.student - 0.25 * 2 * residual @ W  # gradient of the summed squares
-    np.testing.assert_allclose(look_ahead(measured).detach(), expected, rtol=1e-8)
+    residual = projection(_feature(measured)).detach() - z
+    expected = _feature(measured) - 0.25 * 2 * residual @ W  # gradient of the summed squares
+    np.testing.assert_allclose(_moved(measured).detach(), expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("losses", [{"hint": 1.0}, {"cosine": 1.0}])
@@ -136,18 +163,18 @@ def test_the_gradient_move_of_hint_is_independent_of_the_teachers_width():
 def test_a_chosen_layer_moves_its_lane_as_if_it_were_the_only_one(losses, lookahead, dense):
     chosen = torch.tensor([2, 0, 1, 0, 2])
     measured = _measurement((3, 7, 4), losses, dense=dense, lookahead=lookahead, chosen=chosen)
-    moved = look_ahead(measured).detach()
+    moved = _moved(measured).detach()
     for layer in range(3):
         alone = replace(
             measured,
             teacher=[measured.teacher[layer]],
-            project=lambda h, layer=layer: [measured.project[layer](h)],
+            project=lambda h, layer=layer: [measured.project[layer](*h)],
             jacobians=[measured.jacobians[layer]],
             loss=_only(measured.loss, layer),
             chosen=None,
         )
         lanes = chosen == layer
-        np.testing.assert_allclose(moved[lanes], look_ahead(alone).detach()[lanes], rtol=1e-9)
+        np.testing.assert_allclose(moved[lanes], _moved(alone).detach()[lanes], rtol=1e-9)
 
 
 def _only(loss, layer):
@@ -166,11 +193,11 @@ def test_weighted_layers_move_to_the_minimum_of_their_weighted_squares(widths, d
     weights = weights / weights.sum(1, keepdim=True)
     given = weights if each else weights[0]
     measured = _measurement(widths, {"hint": 1.0}, dense=dense, weights=given, damping=0.2)
-    moved = look_ahead(measured).detach()
-    step = (moved - measured.student).requires_grad_()
+    moved = _moved(measured).detach()
+    step = (moved - _feature(measured)).requires_grad_()
     # Half the weighted squares of the linear model plus the damping: its gradient is 0 there.
     total = 0.1 * step.square().sum()
-    after, rows = measured.project(measured.student + step), weights.expand(LANES, 2)
+    after, rows = measured.project([_feature(measured) + step]), weights.expand(LANES, 2)
     for layer, (p, z) in enumerate(zip(after, measured.teacher, strict=True)):
         squares = (p - z).square().flatten(1).sum(1)
         total = total + 0.5 * (2 * rows[:, layer] * squares).sum()
@@ -181,25 +208,25 @@ def test_weighted_layers_move_to_the_minimum_of_their_weighted_squares(widths, d
 def test_weights_of_the_layers_scale_the_gradient_move():
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
     measured = _measurement((3, 4), {"cosine": 1.0}, weights=weights, lookahead="gradient", eta=0.5)
-    h = measured.student.clone().requires_grad_()
+    h = _feature(measured).clone().requires_grad_()
     total = sum(
         2 * weight * (1 - F.cosine_similarity(p, z)).sum()
-        for weight, p, z in zip(weights, measured.project(h), measured.teacher, strict=True)
+        for weight, p, z in zip(weights, measured.project([h]), measured.teacher, strict=True)
     )
     (g,) = torch.autograd.grad(total, h)
-    expected = measured.student - 0.5 * 7 * g
-    np.testing.assert_allclose(look_ahead(measured).detach(), expected, rtol=1e-9)
+    expected = _feature(measured) - 0.5 * 7 * g
+    np.testing.assert_allclose(_moved(measured).detach(), expected, rtol=1e-9)
 
 
 def test_behind_a_projection_without_jacobians_hint_moves_along_its_gradient():
     measured = _measurement((3,), {"hint": 1.0}, damping=0.3)
-    curved = replace(measured, project=lambda h: [measured.project[0](h).tanh()], jacobians=None)
-    h = measured.student.clone().requires_grad_()
+    curved = replace(measured, project=lambda h: [measured.project[0](*h).tanh()], jacobians=None)
+    h = _feature(measured).clone().requires_grad_()
     losses = 3 * (measured.project[0](h).tanh() - measured.teacher[0]).square().mean(1)
     (g,) = torch.autograd.grad(losses.sum(), h)
     scale = 2 * losses / (g.square().sum(1) + 2 * 0.3 * losses)
     expected = (h - scale[:, None] * g).detach()
-    np.testing.assert_allclose(look_ahead(curved).detach(), expected, rtol=1e-9)
+    np.testing.assert_allclose(_moved(curved).detach(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("losses", [{"hint": 1.0}, {"cosine": 1.0}, {"normalized_l2": 1.0}])
@@ -217,44 +244,44 @@ def test_another_lanes_timestep_leaves_this_lanes_reward_alone(losses, lookahead
 
 def test_an_angle_loss_falls_when_one_lane_moves_and_the_others_stay():
     measured = _measurement((3,), {"rkd_angle": 1.0}, lookahead="gradient", eta=1e-4)
-    moved = look_ahead(measured)
+    moved = _moved(measured)
 
     def loss(features, lane):
         return measured.loss.layer(0, measured.project[0](features), measured.teacher[0])[lane]
 
     for lane in range(LANES):
-        alone = measured.student.clone()
+        alone = _feature(measured).clone()
         alone[lane] = moved[lane]
-        assert loss(alone, lane) < loss(measured.student, lane)
+        assert loss(alone, lane) < loss(_feature(measured), lane)
 
 
 def test_a_distance_loss_moves_each_lane_against_fixed_others_and_their_fixed_mean():
     measured = _measurement((3,), {"rkd_distance": 1.0}, lookahead="gradient", eta=1.0)
     (projection,), (z,) = measured.project, measured.teacher
-    points = projection(measured.student).detach()
+    points = projection(_feature(measured)).detach()
 
     def distances(a, b):
         return (a[:, None] - b).square().sum(-1).sqrt()
 
     student_mean = distances(points, points).sum() / (LANES * (LANES - 1))
     relative = distances(z, z) / (distances(z, z).sum() / (LANES * (LANES - 1)))
-    moved = look_ahead(measured).detach()
+    moved = _moved(measured).detach()
     for lane in range(LANES):
         others = [n for n in range(LANES) if n != lane]
-        h = measured.student[lane].clone().requires_grad_()
+        h = _feature(measured)[lane].clone().requires_grad_()
         here = distances(projection(h[None]), points[others])[0] / student_mean
         loss = F.huber_loss(here, relative[lane, others], reduction="sum") / LANES
         (g,) = torch.autograd.grad(loss, h)
-        expected = measured.student[lane] - 3 * g  # three residuals: the teacher's width
+        expected = _feature(measured)[lane] - 3 * g  # three residuals: the teacher's width
         np.testing.assert_allclose(moved[lane], expected, rtol=1e-7)
 
 
 def test_a_matched_feature_stays_where_it_is():
     for losses in ({"hint": 1.0}, {"cosine": 1.0}, {"rkd_distance": 1.0}):
         measured = _measurement((3,), losses)
-        measured.teacher[0][:] = measured.project[0](measured.student).detach()
-        moved = look_ahead(measured).detach()
-        np.testing.assert_allclose(moved, measured.student, atol=1e-6)
+        measured.teacher[0][:] = measured.project[0](_feature(measured)).detach()
+        moved = _moved(measured).detach()
+        np.testing.assert_allclose(moved, _feature(measured), atol=1e-6)
 
 
 def test_the_other_rewards_are_measured_losses():
@@ -263,3 +290,58 @@ def test_the_other_rewards_are_measured_losses():
     expected = measured.loss_before - measured.loss_after
     assert torch.equal(student_gain.compute(measured), expected)
     assert torch.equal(teacher_probe.compute(measured), -measured.probe_loss)
+
+
+@pytest.mark.parametrize("given", ["none", "shared", "each", "chosen"])
+def test_layers_of_several_stages_move_each_stage_as_if_it_were_alone(given):
+    """Two stages with two layers and one; every stage solves its own damped least squares."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    stages = [random(LANES, 4, 4, 4), random(LANES, 6, 2, 2)]
+    sources, widths = (1, 0, 1), (3, 2, 5)
+    weights = [random(w, stages[s].shape[1]) for w, s in zip(widths, sources, strict=True)]
+    teacher = [random(LANES, w, *stages[s].shape[2:]) for w, s in zip(widths, sources, strict=True)]
+    shares = {
+        "none": None,
+        "shared": torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        "each": torch.rand(LANES, 3, generator=generator, dtype=torch.float64),
+        "chosen": None,
+    }[given]
+    chosen = torch.tensor([0, 1, 2, 1, 0]) if given == "chosen" else None
+
+    def project(features):
+        pairs = zip(weights, sources, strict=True)
+        return [torch.einsum("fs,nshw->nfhw", w, features[source]) for w, source in pairs]
+
+    measured = replace(
+        _measurement((3,), {"hint": 1.0}, dense=True, damping=0.3),
+        student=stages,
+        teacher=teacher,
+        project=project,
+        jacobians=weights,
+        sources=sources,
+        weights=shares,
+        chosen=chosen,
+    )
+    moved = look_ahead(measured)
+    for lane in range(LANES):
+        for stage, h in enumerate(stages):
+            layers = [i for i in range(3) if sources[i] == stage]
+            if chosen is not None:
+                layers = [i for i in layers if i == chosen[lane]]
+            if not layers:
+                np.testing.assert_array_equal(moved[stage][lane], h[lane])
+                continue
+            row = torch.full((3,), 1 / 3) if shares is None else shares.expand(LANES, 3)[lane]
+            roots = [1.0 if shares is None else math.sqrt(3 * float(row[i])) for i in layers]
+            J = np.concatenate([r * weights[i].numpy() for i, r in zip(layers, roots, strict=True)])
+            gram = J @ J.T + 0.3 * np.eye(len(J))
+            for y, x in np.ndindex(*h.shape[2:]):
+                here = h[lane, :, y, x].numpy()
+                parts = zip(layers, roots, strict=True)
+                z = np.concatenate([r * teacher[i][lane, :, y, x].numpy() for i, r in parts])
+                expected = here - J.T @ np.linalg.solve(gram, J @ here - z)
+                np.testing.assert_allclose(moved[stage][lane, :, y, x], expected, rtol=1e-7)

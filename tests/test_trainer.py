@@ -288,7 +288,7 @@ def test_fewer_lanes_are_filled_up_with_the_most_recent_decisions(tiny):
             trainer.parts.train, ids, timesteps, visits, trainer.noise_seed
         )
         batches.insert(0, ids.tolist())
-        found, targets = trainer.recent.fill_up(ids, Targets(new))
+        found, targets, _ = trainer.recent.fill_up(ids, Targets(new))
         assert found.tolist() == [image for batch in batches for image in batch][:8]
         assert torch.equal(targets.features[0][:3], new[0])
 

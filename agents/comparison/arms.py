@@ -18,12 +18,16 @@ from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, check, merge, parse_yaml, to_dict
 from repfusion_env.registry import did_you_mean
 
+# No student: classifiers of pixels on the teacher's own features.
+PIXEL_PROBE = "pixel_probe"
+
 COMMANDS: dict[str, str] = {
     "train_reinforce": "agents.train_reinforce",
     "train_sb3": "agents.train_sb3",
     "train_bandit": "agents.train_bandit",
     "train_control": "agents.train_control",
     "none": "",  # the student as it is born
+    PIXEL_PROBE: "",
 }
 
 # By name: what stands above a group's arms in tables. Learned groups choose by what they see.
@@ -161,7 +165,22 @@ def shipped_arms(config: ExperimentConfig) -> dict[str, Arm]:
             effort=1.7,
         ),
     ]  # fmt: skip
+    if config.task == "segmentation":
+        place = next(i for i, arm in enumerate(arms) if arm.group != "reference")
+        arms.insert(place, _pixel_probe())
     return {arm.name: arm for arm in arms}
+
+
+def _pixel_probe() -> Arm:
+    return Arm(
+        "pixel-probe",
+        "pixel probe",
+        PIXEL_PROBE,
+        "reference",
+        note="no student: classifiers of single pixels on the teacher's features (DatasetDDPM), "
+        "where 50 images or fewer are labelled",
+        effort=2.0,
+    )
 
 
 def _bandit(name: str, label: str, group: str, *, note: str = "", effort: float = 1.0) -> Arm:

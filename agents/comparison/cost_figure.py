@@ -8,23 +8,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from agents.comparison.arms import BEST_FIXED, GROUPS
-from agents.comparison.figures import color, number, ordered, window
+from agents.comparison.figures import color, number, ordered, panel_title, window
 from agents.comparison.summary import REWARD, Summary
-from agents.comparison.tables import task_name
 from repfusion_env import plot_style as style
 
 WIDE, TALL, GAP, LEFT, TOP, BOTTOM, LEGEND = 3.9, 3.4, 0.65, 0.75, 1.1, 0.65, 1.4
 
 
 def cost_figure(summary: Summary) -> Figure | None:
-    """Held-out reward and accuracies against images through the teacher, on a log scale."""
+    """Held-out reward and headline metric against images through the teacher, on a log scale."""
     tasks = _tasks(summary)
     rows = [name for name in ordered(summary) if summary.cost(name) > 0]
     free = [name for name in ordered(summary) if summary.cost(name) == 0]
     if not tasks or not rows:
         return None
     width = LEFT + len(tasks) * (WIDE + GAP) + LEGEND
-    height = TOP + TALL + BOTTOM
+    # Of dense tasks the title has a second line, which says what is drawn.
+    top = TOP if summary.headline.name == "accuracy" else TOP + 0.18
+    height = top + TALL + BOTTOM
     figure = Figure(figsize=(width, height), dpi=150, facecolor=style.PAPER)
     for index, task in enumerate(tasks):
         x = LEFT + index * (WIDE + GAP)
@@ -47,20 +48,19 @@ def cost_figure(summary: Summary) -> Figure | None:
 
 
 def _tasks(summary: Summary) -> list[str]:
-    """Reward, and the scarcest labels' linear probe and fine-tuning: there arms differ most."""
+    """Reward, and the scarcest labels' probe and fine-tuning: there arms differ most."""
     found = [REWARD] if REWARD in summary.tasks else []
-    for kind in ("linear", "finetune"):
-        found += [task for task in summary.accuracies if task.startswith(kind)][:1]
+    for kind in ("linear", "head", "finetune"):
+        found += [task for task in summary.stage_two if task.startswith(kind)][:1]
     return found
 
 
 def _draw_panel(
     axes: Axes, summary: Summary, task: str, rows: list[str], free: list[str], *, legend: bool
 ) -> None:
-    scale = 1.0 if task == REWARD else 100.0
-    heading = task_name(task)
+    scale = summary.scale(task)
     style.style_axes(axes)
-    style.label_axes(axes, heading[0].upper() + heading[1:], "images through the teacher", size=8.5)
+    style.label_axes(axes, panel_title(summary, task), "images through the teacher", size=8.5)
     found = {name: summary.estimate(name, task) for name in [*free, *rows]}
     known = {name: estimate for name, estimate in found.items() if estimate is not None}
     costs = {name: summary.cost(name) for name in known if name in rows}
@@ -68,16 +68,16 @@ def _draw_panel(
         return
     nothing = min(costs.values()) / 4  # where arms stand that need no teacher
     costs |= {name: nothing for name in known if name in free}
-    low, high = window(found, scale)
+    low, high = window(found, scale, summary.sign(task))
     _cost_axis(axes, nothing, max(costs.values()), any(name in free for name in known))
     axes.set_ylim(low, high)
     places = _side_by_side(list(known), costs)
-    below: list[str] = []
+    outside: list[str] = []
     for name, estimate in known.items():
         x, ink = places[name], color(summary, name)
-        if scale * estimate.value < low:
+        if not low <= scale * estimate.value <= high:
             value = number(round(scale * estimate.value, 1))
-            below.append(f"{summary.runs[name].arm.label} {value}")
+            outside.append(f"{summary.runs[name].arm.label} {value}")
             continue
         if np.isfinite(estimate.low):
             axes.plot(
@@ -92,9 +92,12 @@ def _draw_panel(
                 textcoords="offset points", fontsize=7.5, color=ink, ha="right", va="center",
             )  # fmt: skip
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(round(value, 6))))
-    if below:
+    if outside:
+        error = summary.sign(task) < 0
         axes.text(
-            0.98, 0.02, "below: " + ", ".join(below), transform=axes.transAxes, fontsize=7.5,
+            0.98, 0.98 if error else 0.02,
+            ("above: " if error else "below: ") + ", ".join(outside),
+            va="top" if error else "baseline", transform=axes.transAxes, fontsize=7.5,
             color=style.MUTED, ha="right",
         )  # fmt: skip
     groups = dict.fromkeys(summary.runs[name].arm.group for name in known)

@@ -28,7 +28,12 @@ COLORS = {
     "self": style.ORANGE,
     "own": "#8e5bb5",
 }
-KINDS = {"linear": "Linear probe", "finetune": "Fine-tuned", "knn": "Nearest neighbours"}
+KINDS = {
+    "linear": "Linear probe",
+    "head": "Head alone",
+    "finetune": "Fine-tuned",
+    "knn": "Nearest neighbours",
+}
 # Inches.
 ROW, PANEL, NAMES = 0.27, 1.75, 1.9
 # How many times the spread of the better half an arm may lie below the best and still be shown.
@@ -51,16 +56,16 @@ def draw(summary: Summary) -> dict[str, Figure]:
 
 def arms_figure(summary: Summary) -> Figure:
     """A row for each arm, a panel for each task: interquartile means with their intervals."""
-    tasks = [task for task in (REWARD, *summary.accuracies) if task in summary.tasks]
+    tasks = [task for task in (REWARD, *summary.stage_two) if task in summary.tasks]
     rows = ordered(summary)
     figure, panels = _dot_panels(summary, rows, len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
-        scale = 1.0 if task == REWARD else 100.0
+        scale = summary.scale(task)
         found = {name: summary.estimate(name, task) for name in rows}
         _rows(axes, summary, rows, found, scale)
         _reference_lines(axes, found, scale)
-        _clip(axes, summary, rows, found, scale)
-        head, _, labels = _task_heading(task).partition("\n")
+        _clip(axes, summary, rows, found, task)
+        head, _, labels = _task_heading(summary, task).partition("\n")
         axes.set_title(head, loc="left", fontsize=9, color=style.INK, fontweight="bold", pad=17)
         axes.text(
             0, 1, labels, transform=axes.transAxes, fontsize=8, color=style.MUTED, va="bottom"
@@ -77,7 +82,7 @@ def arms_figure(summary: Summary) -> Figure:
 def improvement_figure(summary: Summary) -> Figure | None:
     """How likely each arm's runs are better than random's and the best fixed one's."""
     others = [name for name in (RANDOM, BEST_FIXED) if name in summary.runs]
-    kinds = [("reward", [REWARD]), ("accuracy", list(summary.accuracies))]
+    kinds = [("reward", [REWARD]), (summary.headline.text, list(summary.stage_two))]
     pairs = [(other, kind, tasks) for other in others for kind, tasks in kinds if tasks]
     rows = [name for name in ordered(summary) if name != RANDOM]
     if not pairs or not rows:
@@ -95,7 +100,7 @@ def improvement_figure(summary: Summary) -> Figure | None:
         axes.set_xticks([0, 0.5, 1.0], ["0", "0.5", "1"])
         over = summary.runs[other].arm.label
         axes.set_title(
-            kind.capitalize(), loc="left", fontsize=9, color=style.INK, fontweight="bold", pad=17
+            _capital(kind), loc="left", fontsize=9, color=style.INK, fontweight="bold", pad=17
         )
         axes.text(
             0, 1, f"over {over}", transform=axes.transAxes, fontsize=8, color=style.MUTED,
@@ -105,7 +110,7 @@ def improvement_figure(summary: Summary) -> Figure | None:
         figure,
         f"{summary.plan.name}: probability of improvement",
         f"that a run of the arm beats one of the other; {_seeds(summary)}, 95 % bootstrap "
-        "interval; accuracy: mean over linear probes and fine-tuning",
+        f"interval; {_measured(summary)}",
     )
     return figure
 
@@ -185,11 +190,25 @@ def _rows(
     axes.tick_params(axis="x", labelsize=7.5)
 
 
-def window(found: dict[str, Estimate | None], scale: float) -> tuple[float, float]:
-    """Where the values are that can be told apart: without low outliers, with some room.
+def window(
+    found: dict[str, Estimate | None], scale: float, sign: float = 1.0
+) -> tuple[float, float]:
+    """Where the values are that can be told apart: without bad outliers, with some room.
 
-    An arm far below all others, as an untrained student, would push these into one point.
+    An arm far worse than all others, as an untrained student, would push these into one point.
+
+    Args:
+        found: By arm.
+        scale: From a value to what is shown.
+        sign: -1 of an error, whose outliers are high.
     """
+    if sign < 0:
+        turned = {
+            name: found and Estimate(-found.value, -found.high, -found.low, found.runs)
+            for name, found in found.items()
+        }
+        low, high = window(turned, scale)
+        return -high, -low
     known = [estimate for estimate in found.values() if estimate is not None]
     known.sort(key=lambda estimate: -estimate.value)
     ends = [
@@ -215,22 +234,27 @@ def _clip(
     summary: Summary,
     rows: Sequence[str],
     found: dict[str, Estimate | None],
-    scale: float,
+    task: str,
 ) -> None:
     """Leave outliers out of the axis; an arrow with their value stands at its end."""
     if all(estimate is None for estimate in found.values()):
         return
-    low, high = window(found, scale)
+    scale = summary.scale(task)
+    low, high = window(found, scale, summary.sign(task))
     axes.set_xlim(low, high)
     for name, place in zip(rows, _places(summary, rows), strict=True):
         estimate = found[name]
-        if estimate is not None and scale * estimate.value < low:
-            value = number(round(scale * estimate.value, 1))
-            axes.annotate(
-                f"\N{BLACK LEFT-POINTING SMALL TRIANGLE} {value}",
-                (0.02, place), xycoords=("axes fraction", "data"), fontsize=7.5, va="center",
-                color=color(summary, name),
-            )  # fmt: skip
+        if estimate is None or low <= scale * estimate.value <= high:
+            continue
+        value = number(round(scale * estimate.value, 1))
+        below = scale * estimate.value < low
+        text = f"\N{BLACK LEFT-POINTING SMALL TRIANGLE} {value}"
+        if not below:
+            text = f"{value} \N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
+        axes.annotate(
+            text, (0.02 if below else 0.98, place), xycoords=("axes fraction", "data"),
+            fontsize=7.5, va="center", ha="left" if below else "right", color=color(summary, name),
+        )  # fmt: skip
 
 
 def _reference_lines(axes: Axes, found: dict[str, Estimate | None], scale: float) -> None:
@@ -246,16 +270,38 @@ def _reference_lines(axes: Axes, found: dict[str, Estimate | None], scale: float
             )
 
 
-def _task_heading(task: str) -> str:
+def _capital(text: str) -> str:
+    """With a capital letter, but for names such as ``mIoU``."""
+    return text[0].upper() + text[1:] if text[:2].islower() else text
+
+
+def _measured(summary: Summary) -> str:
+    if summary.headline.name == "accuracy":
+        return "accuracy: mean over linear probes and fine-tuning"
+    return f"{summary.headline.text}: mean over heads on frozen features and fine-tuning"
+
+
+def _task_heading(summary: Summary, task: str) -> str:
+    classes = summary.headline.name == "accuracy"
     if task == REWARD:
-        return "Held-out reward\nnats"
+        return f"Held-out reward\n{'nats' if classes else 'minus the task loss'}"
     kind, _, labels = task.partition(" ")
     named = task_name(task).rpartition(", ")[2]
+    if not classes:
+        return f"{KINDS[kind]}, {named}\n{summary.headline.legend}"
     return (
         f"{KINDS[kind]}\n{named} of labels, %"
         if "%" in labels
         else f"{KINDS[kind]}\n{named} labels, %"
     )
+
+
+def panel_title(summary: Summary, task: str) -> str:
+    """What a panel of one task is called; of dense tasks the metric stands below."""
+    title = _capital(task_name(task))
+    if task == REWARD or summary.headline.name == "accuracy":
+        return title
+    return f"{title}\n{summary.headline.legend}"
 
 
 def _heading(figure: Figure, title: str, below: str) -> None:

@@ -1,4 +1,4 @@
-"""One run of the comparison: an arm under a seed, from training to its accuracies.
+"""One run of the comparison: an arm under a seed, from training to what its student is worth.
 
 Runs in a worker process; nothing heavy is imported before the first job.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.command_line import INTERRUPTED
-from agents.comparison.arms import COMMANDS, Arm
+from agents.comparison.arms import COMMANDS, PIXEL_PROBE, Arm
 from agents.comparison.workers import Stop
 from repfusion_env.atomic import write_text
 from repfusion_env.config_loading import load_config
@@ -32,7 +32,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Train a student, probe and fine-tune it, and write the result.
 
     What is there already is kept: a finished run is not trained again, an interrupted one goes on,
-    and measured accuracies stand.
+    and what has been measured stands.
 
     Args:
         job: As :meth:`agents.comparison.plan.Plan.jobs` gives them.
@@ -65,8 +65,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "seed": seed,
         **_rewards(summary),
         "decisions": summary["decisions"],
-        "teacher_evaluations": summary["teacher_evaluations"],
-        "accuracy": measured["accuracy"],
+        "teacher_evaluations": measured.get("teacher_evaluations", summary["teacher_evaluations"]),
+        measured["metric"]["name"]: measured[measured["metric"]["name"]],
+        "metric": measured["metric"],
+        "metrics": measured["metrics"],
         "chosen": measured["chosen"],
         "seconds": seconds | measured["seconds"],
         "machine": machine(),
@@ -108,9 +110,16 @@ def _born(run: Path) -> dict[str, Any]:
 
 
 def _stage_two(job: dict[str, Any], run: Path, config_path: Path) -> dict[str, Any]:
-    from agents.comparison.stage_two import initial_backbone, measure, saved_backbone
+    from agents.comparison.stage_two import (
+        initial_backbone,
+        measure,
+        measure_pixels,
+        saved_backbone,
+    )
 
     config, seed = load_config(config_path), int(job["seed"])
+    if job["arm"]["command"] == PIXEL_PROBE:
+        return measure_pixels(config, labels=job["labels"], seed=seed, run=run)
     born = not COMMANDS[job["arm"]["command"]]
     backbone = initial_backbone(config, seed) if born else saved_backbone(run, config)
     return measure(

@@ -8,10 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from agents.comparison.headline import headline_of_result
 from agents.comparison.jobs import run_job
 from agents.comparison.plan import Plan
 from agents.comparison.workers import DONE, FAILED, run_jobs
 from repfusion_env.atomic import write_text
+from repfusion_env.metric_names import metric_text
 from repfusion_env.progress import Progress
 
 
@@ -55,10 +57,15 @@ def _key(job: dict[str, Any]) -> tuple[str, int]:
 def _found(result: dict[str, Any]) -> str:
     """A result in a few words."""
     reward = "" if result["reward"] is None else f"reward {result['reward']:.3f}, "
-    linear = [
-        f"{value:.1%}" for task, value in result["accuracy"].items() if task.startswith("linear")
+    headline = headline_of_result(result)
+    kind = "linear" if headline.name == "accuracy" else "head"
+    values = [
+        metric_text(value, percent=headline.percent).replace(" %", "%")
+        for task, value in result[headline.name].items()
+        if task.startswith(kind)
     ]
-    return f"{reward}linear probe {' / '.join(linear)}"
+    named = "linear probe" if kind == "linear" else f"{headline.text} on frozen features"
+    return f"{reward}{named} {' / '.join(values) or 'not measured'}"
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from agents.comparison.arms import BEST_FIXED, RANDOM, Arm
+from agents.comparison.headline import Headline, headline_of_result
 from agents.comparison.plan import Plan
 from agents.comparison.statistics import (
     Estimate,
@@ -22,9 +23,9 @@ from agents.comparison.statistics import (
 )
 
 REWARD = "reward"
-# A learned arm reaches the best fixed timestep where it can lose no more than this: of rewards, as
-# a part of what the best fixed gains over random; of accuracies, in points.
-REWARD_MARGIN, ACCURACY_MARGIN = 0.1, 0.01
+# A learned arm reaches the best fixed timestep where it can lose no more than this: of rewards and
+# of errors, as a part of the best fixed's own; of accuracies, mIoU and mAP, in points.
+OWN_PART, POINTS = 0.1, 0.01
 
 Result = Mapping[str, Any]
 
@@ -35,7 +36,8 @@ class Runs:
 
     Attributes:
         arm: The arm.
-        values: Reward and accuracies by seed, then task; what was not measured is not in it.
+        values: Reward and the headline metric by seed, then task; what was not measured is not in
+            it.
         evaluations: Images through the teacher by seed, set-up and training.
         seconds: By seed, then part (``training``, ``around``, ``probe``, ``finetune``).
         timesteps: Mean and deviation of the chosen ones by seed, where there are any.
@@ -72,6 +74,7 @@ class Summary:
     Attributes:
         plan: What was to be compared.
         tasks: What was measured, the reward first.
+        headline: The metric of all but the reward.
         runs: By arm; the best fixed one among them where there is a whole sweep.
         chosen: The best fixed timestep by seed.
         sweep_cost: Images through the teacher in one whole sweep, mean over seeds; None without.
@@ -81,6 +84,7 @@ class Summary:
 
     plan: Plan
     tasks: tuple[str, ...]
+    headline: Headline
     runs: dict[str, Runs]
     chosen: dict[int, int]
     sweep_cost: float | None
@@ -93,9 +97,9 @@ class Summary:
         return interquartile_mean(np.array(scores)) if scores else None
 
     def gain(self, arm: str, tasks: Sequence[str]) -> Estimate | None:
-        """Interquartile mean over runs and tasks of what an arm is above random timesteps.
+        """Interquartile mean over runs and tasks of what an arm is better than random timesteps.
 
-        Above the mean of random's runs in each task, as tasks with more labels would otherwise lie
+        Than the mean of random's runs in each task, as tasks with more labels would otherwise lie
         in the outer quarters whatever the arm.
         """
         if RANDOM not in self.runs or not tasks:
@@ -103,10 +107,14 @@ class Summary:
         scores, random = self.runs[arm].table(tasks), self.runs[RANDOM].table(tasks)
         if not len(scores) or not len(random):
             return None
-        return interquartile_mean(scores - random.mean(axis=0))
+        signs = np.array([self.sign(task) for task in tasks])
+        return interquartile_mean(signs * (scores - random.mean(axis=0)))
 
     def difference(self, arm: str, other: str, task: str) -> Estimate | None:
-        """Paired difference of two arms over the seeds that both have; None where there is none."""
+        """Paired difference of two arms over the seeds that both have; None where there is none.
+
+        In the task's own sense: of an error a negative one is good.
+        """
         if other not in self.runs:
             return None
         one, two = self.runs[arm].values, self.runs[other].values
@@ -119,23 +127,37 @@ class Summary:
         """Probability that a run of ``arm`` is better than one of ``other``."""
         if other not in self.runs or not tasks:
             return None
-        one, two = self.runs[arm].table(tasks), self.runs[other].table(tasks)
+        signs = np.array([self.sign(task) for task in tasks])
+        one, two = (signs * self.runs[name].table(tasks) for name in (arm, other))
         return probability_of_improvement(one, two) if len(one) and len(two) else None
 
     def verdict(self, arm: str, task: str) -> str | None:
         """Whether a policy reaches the best fixed timestep; see :func:`statistics.verdict`."""
         found = self.difference(arm, BEST_FIXED, task)
-        return None if found is None else verdict(found, self.margin(task))
+        if found is None:
+            return None
+        if self.sign(task) < 0:
+            found = Estimate(-found.value, -found.high, -found.low, found.runs)
+        return verdict(found, self.margin(task))
+
+    def sign(self, task: str) -> float:
+        """Times which a higher value of the task is a better one."""
+        return 1.0 if task == REWARD else self.headline.sign
+
+    def scale(self, task: str) -> float:
+        """From a value of the task to what is shown."""
+        return 1.0 if task == REWARD else self.headline.scale
 
     def margin(self, task: str) -> float:
         """The most that a policy may lose and still reach the best fixed timestep."""
-        if task != REWARD:
-            return ACCURACY_MARGIN
-        if BEST_FIXED not in self.runs:
+        if task != REWARD and self.headline.higher_is_better and self.headline.percent:
+            return POINTS
+        scores = self.runs[BEST_FIXED].scores(task) if BEST_FIXED in self.runs else []
+        if not scores:
             return 0.0
         # Of the task loss itself: what is gained over random may be large only because some
         # timesteps are ruinous, and would excuse any policy that avoids these.
-        return REWARD_MARGIN * abs(float(np.mean(self.runs[BEST_FIXED].scores(REWARD))))
+        return OWN_PART * abs(float(np.mean(scores)))
 
     def cost(self, arm: str) -> float:
         """Images through the teacher in one run, mean over seeds."""
@@ -147,9 +169,9 @@ class Summary:
         return float(np.mean([sum(run.get(part, 0.0) for part in parts) for run in spent]))
 
     @property
-    def accuracies(self) -> tuple[str, ...]:
-        """The tasks of a linear probe or of fine-tuning."""
-        return tuple(t for t in self.tasks if t.startswith(("linear", "finetune")))
+    def stage_two(self) -> tuple[str, ...]:
+        """The tasks of a head on frozen features or of fine-tuning."""
+        return tuple(t for t in self.tasks if t.startswith(("linear", "head", "finetune")))
 
     @property
     def shown(self) -> list[str]:
@@ -196,6 +218,7 @@ def summarize(plan: Plan) -> Summary:
     return Summary(
         plan=plan,
         tasks=tuple(sorted(names, key=_task_order(plan.labels))),
+        headline=headline_of_result(next(iter(results.values()), {})),
         runs=runs,
         chosen=chosen,
         sweep_cost=sweep_cost,
@@ -208,7 +231,8 @@ def _runs(arm: Arm, results: Mapping[int, Result]) -> Runs:
     values, headroom = {}, {}
     for seed, result in results.items():
         reward = result["reward"]
-        values[seed] = ({} if reward is None else {REWARD: float(reward)}) | result["accuracy"]
+        values[seed] = {} if reward is None else {REWARD: float(reward)}
+        values[seed] |= result[headline_of_result(result).name]
         of = result.get("reward_of") or {}
         if of.get("fixed") and of.get("best_per_image") is not None:
             headroom[seed] = float(of["best_per_image"]) - max(of["fixed"].values())
@@ -261,7 +285,7 @@ def _best_fixed(
 
 
 def _task_order(labels: Sequence[str]) -> Any:
-    kinds = (REWARD, "linear", "finetune", "knn")
+    kinds = (REWARD, "linear", "head", "finetune", "knn")
 
     def key(task: str) -> tuple[int, int]:
         kind, _, amount = task.partition(" ")
@@ -278,6 +302,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         return None if found is None else found.as_dict()
 
     plan = summary.plan
+    better = "above" if summary.headline.higher_is_better else "below"
     arms: dict[str, Any] = {}
     for name, runs in summary.runs.items():
         tasks = [task for task in summary.tasks if runs.scores(task)]
@@ -289,7 +314,9 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             "seeds": sorted(runs.values),
             "iqm": {task: plain(summary.estimate(name, task)) for task in tasks},
             "mean": {task: float(np.mean(runs.scores(task))) for task in tasks},
-            "accuracy_above_random": plain(summary.gain(name, summary.accuracies)),
+            f"{summary.headline.name}_{better}_random": plain(
+                summary.gain(name, summary.stage_two)
+            ),
             "teacher_evaluations": cost,
             "cost_of_sweep": cost / summary.sweep_cost if summary.sweep_cost else None,
             "seconds": {
@@ -307,7 +334,9 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             "improvement": {
                 f"over {other}": {
                     "reward": plain(summary.improvement(name, other, [REWARD])),
-                    "accuracy": plain(summary.improvement(name, other, summary.accuracies)),
+                    summary.headline.name: plain(
+                        summary.improvement(name, other, summary.stage_two)
+                    ),
                 }
                 for other in (BEST_FIXED, RANDOM)
                 if other in summary.runs and other != name
@@ -325,6 +354,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         "labels": list(plan.labels),
         "draws": plan.draws,
         "finetune": plan.finetune,
+        "metric": summary.headline.as_dict(),
         "best_fixed": {str(seed): timestep for seed, timestep in summary.chosen.items()},
         "sweep_teacher_evaluations": summary.sweep_cost,
         "margins": {task: summary.margin(task) for task in summary.tasks},

@@ -7,10 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from agents.comparison.arms import RANDOM
-from agents.comparison.figures import COLORS, number
+from agents.comparison.figures import COLORS, number, panel_title
 from agents.comparison.statistics import Estimate
 from agents.comparison.summary import REWARD, Summary
-from agents.comparison.tables import task_name
 from repfusion_env import plot_style as style
 
 COLUMNS = 4
@@ -22,10 +21,13 @@ def sweep_figure(summary: Summary) -> Figure:
     The levels are those of the best policy of each learned group by held-out reward, and of random
     timesteps, as bands of their intervals; more could not be told apart.
     """
-    tasks = [task for task in (REWARD, *summary.accuracies) if task in summary.tasks]
+    tasks = [task for task in (REWARD, *summary.stage_two) if task in summary.tasks]
     columns = min(COLUMNS, len(tasks))
     lines = -(-len(tasks) // columns)
+    # Of dense tasks the title has a second line, which says what is drawn.
+    above = 0.0 if summary.headline.name == "accuracy" else 0.18
     wide, tall, gap_x, gap_y, left, top, bottom = 2.9, 2.2, 1.55, 0.95, 0.7, 1.15, 0.6
+    gap_y, top = gap_y + above, top + above
     width = left + columns * (wide + gap_x)
     height = top + lines * tall + (lines - 1) * gap_y + bottom
     figure = Figure(figsize=(width, height), dpi=150, facecolor=style.PAPER)
@@ -63,7 +65,7 @@ def levels(summary: Summary) -> list[str]:
 
 
 def _draw_panel(axes: Axes, summary: Summary, task: str) -> None:
-    scale = 1.0 if task == REWARD else 100.0
+    scale = summary.scale(task)
     timesteps = np.array([summary.runs[name].arm.timestep for name in summary.sweep], dtype=float)
     found = [summary.estimate(name, task) for name in summary.sweep]
     known = np.array([estimate is not None for estimate in found])
@@ -74,8 +76,7 @@ def _draw_panel(axes: Axes, summary: Summary, task: str) -> None:
         for part in ("value", "low", "high")
     )
     style.style_axes(axes)
-    heading = task_name(task)
-    style.label_axes(axes, heading[0].upper() + heading[1:], "fixed timestep t", size=8.5)
+    style.label_axes(axes, panel_title(summary, task), "fixed timestep t", size=8.5)
     axes.fill_between(timesteps, low, high, color=style.MUTED, alpha=0.22, linewidth=0)
     axes.plot(
         timesteps, middle, color=style.INK, linewidth=1.6, marker="o", markersize=3.2, zorder=4

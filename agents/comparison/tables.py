@@ -13,7 +13,12 @@ from agents.comparison.statistics import Estimate
 from agents.comparison.summary import REWARD, Summary
 
 MINUS = "\N{MINUS SIGN}"
-NAMES = {"linear": "linear probe", "finetune": "fine-tuned", "knn": "nearest neighbours"}
+NAMES = {
+    "linear": "linear probe",
+    "head": "head on frozen features",
+    "finetune": "fine-tuned",
+    "knn": "nearest neighbours",
+}
 
 
 def task_name(task: str) -> str:
@@ -57,10 +62,10 @@ def _facts(summary: Summary) -> str:
         + (f" and a sweep over {_count(len(summary.sweep), 'timestep')}" if summary.sweep else "")
         + f", {seeds} {'seed' if seeds == '1' else 'seeds'}, {plan.config.run.decisions:,} "
         "decisions (images seen) for each run",
-        f"- labels in stage 2: {', '.join(map(label_name, plan.labels))}; probes averaged over "
-        f"{plan.draws} random labelled subsets, the same for all arms of a seed; {budget}",
-        "- cells: interquartile mean over seeds [95 % percentile bootstrap interval]; accuracies "
-        "in %",
+        f"- {'labels' if _classes(summary) else 'labelled images'} in stage 2: {', '.join(map(label_name, plan.labels))}; {_subsets(summary)}; "
+        f"{budget}",
+        "- cells: interquartile mean over seeds [95 % percentile bootstrap interval]; "
+        f"{_what(summary)}",
         f"- {machine.get('processor', 'unknown processor')}, {machine.get('threads', '?')} thread "
         f"for each run, {machine.get('device', '?')}, torch {machine.get('torch', '?')}, "
         f"{machine.get('date', '')}",
@@ -76,8 +81,30 @@ def _facts(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _classes(summary: Summary) -> bool:
+    return summary.headline.name == "accuracy"
+
+
+def _what(summary: Summary) -> str:
+    """What the numbers beside the rewards are."""
+    return "accuracies in %" if _classes(summary) else summary.headline.legend
+
+
+def _subsets(summary: Summary) -> str:
+    """On which labelled images stage 2 is trained."""
+    if _classes(summary):
+        return (
+            f"probes averaged over {summary.plan.draws} random labelled subsets, the same for all "
+            "arms of a seed"
+        )
+    return (
+        "heads on frozen features and fine-tuning on one random subset of the images, the same for "
+        "all arms of a seed"
+    )
+
+
 def _arms(summary: Summary) -> list[str]:
-    tasks = [REWARD, *summary.accuracies]
+    tasks = [REWARD, *summary.stage_two]
     heads = ["arm", *map(task_name, tasks), "images through the teacher", "seconds"]
     rows = []
     for group, heading in GROUPS.items():
@@ -85,7 +112,7 @@ def _arms(summary: Summary) -> list[str]:
         if names:
             rows.append([f"**{heading}**", *[""] * (len(heads) - 1)])
         for name in names:
-            cells = [_cell(summary.estimate(name, task), task) for task in tasks]
+            cells = [_cell(summary, name, task) for task in tasks]
             spent = f"{summary.time(name, 'training', 'around'):,.0f}"
             rows.append([_label(summary, name), *cells, f"{summary.cost(name):,.0f}", spent])
     notes = [
@@ -106,7 +133,7 @@ def _question(summary: Summary) -> list[str]:
     """Whether learned choice reaches the best fixed timestep, and at what cost."""
     if BEST_FIXED not in summary.runs or not summary.learned or summary.sweep_cost is None:
         return []
-    tasks = [REWARD, *summary.accuracies]
+    tasks = [REWARD, *summary.stage_two]
     heads = ["policy", "cost, of the sweep", *map(task_name, tasks)]
     rows = []
     for name in summary.learned:
@@ -114,7 +141,10 @@ def _question(summary: Summary) -> list[str]:
         for task in tasks:
             found = summary.difference(name, BEST_FIXED, task)
             word = summary.verdict(name, task)
-            cells.append("" if found is None else f"**{word}** {_difference(found, task)}")
+            if word == "below" and summary.sign(task) < 0:
+                word = "worse"
+            told = "" if found is None else _difference(found, summary.scale(task))
+            cells.append(told and f"**{word}** {told}")
         cost = summary.cost(name) / summary.sweep_cost
         rows.append([_label(summary, name), f"{cost:.1%}", *cells])
     margin = summary.margin(REWARD)
@@ -122,10 +152,10 @@ def _question(summary: Summary) -> list[str]:
     text = [
         "## Does learned choice reach the best fixed timestep, and does it beat it?",
         "Paired differences seed by seed, learned minus best fixed, with the 95 % interval of "
-        "Student's t; accuracies in points. **beats**, **below**: the interval is above or below "
-        "0. **reaches**: it holds 0 and no loss larger than "
-        f"{margin:.3f} in reward (a tenth of the best fixed timestep's) or 1 point of "
-        "accuracy. **open**: it holds 0 and larger losses; more seeds would tell. Intervals are "
+        f"Student's t; {_units(summary)}. **beats**, **below**: the interval is "
+        f"above or below 0{_reversed(summary)}. **reaches**: it holds 0 and no loss larger than "
+        f"{margin:.3f} in reward (a tenth of the best fixed timestep's) or {_allowed(summary)}. "
+        "**open**: it holds 0 and larger losses; more seeds would tell. Intervals are "
         "not corrected for the number of comparisons.",
         _table(heads, rows, left=1),
     ]
@@ -139,15 +169,38 @@ def _question(summary: Summary) -> list[str]:
     return text
 
 
+def _units(summary: Summary) -> str:
+    if _classes(summary):
+        return "accuracies in points"
+    sense = "" if summary.headline.higher_is_better else ", of which fewer are better"
+    return f"the others in {summary.headline.points}{sense}"
+
+
+def _reversed(summary: Summary) -> str:
+    """Of an error a positive difference is a loss, which the word ``below`` would hide."""
+    if summary.headline.higher_is_better:
+        return ""
+    return f" (of {summary.headline.text} **beats**, **worse**: below or above it)"
+
+
+def _allowed(summary: Summary) -> str:
+    """The loss with which a policy still reaches the best fixed timestep."""
+    if _classes(summary):
+        return "1 point of accuracy"
+    if summary.headline.higher_is_better and summary.headline.percent:
+        return f"1 point of {summary.headline.text}"
+    return f"a tenth of the best fixed timestep's {summary.headline.text}"
+
+
 def _sweep(summary: Summary) -> list[str]:
     if not summary.sweep:
         return []
-    tasks = [REWARD, *summary.accuracies]
+    tasks = [REWARD, *summary.stage_two]
     heads = ["t", *map(task_name, tasks), "best in"]
     rows = []
     for name in summary.sweep:
         timestep = summary.runs[name].arm.timestep
-        cells = [_cell(summary.estimate(name, task), task) for task in tasks]
+        cells = [_cell(summary, name, task) for task in tasks]
         wins = sum(chosen == timestep for chosen in summary.chosen.values())
         rows.append([str(timestep), *cells, _count(wins, "seed") if wins else ""])
     return ["## The sweep over fixed timesteps", _table(heads, rows)]
@@ -158,12 +211,15 @@ def _improvement(summary: Summary) -> list[str]:
     if not others:
         return []
     kinds = [("reward", [REWARD])]
-    if summary.accuracies:
-        kinds.append(("accuracy", list(summary.accuracies)))
+    if summary.stage_two:
+        kinds.append((summary.headline.text, list(summary.stage_two)))
     heads = ["arm"]
     heads += [f"{kind}, over {_label(summary, name)}" for name in others for kind, _ in kinds]
-    if summary.accuracies:
-        heads.append("accuracy above random t, points")
+    headline = summary.headline
+    side = "above" if headline.higher_is_better else "below"
+    if summary.stage_two:
+        unit = ", points" if headline.percent else ""
+        heads.append(f"{headline.text} {side} random t{unit}")
     rows = []
     for name in summary.shown:
         cells = []
@@ -171,16 +227,16 @@ def _improvement(summary: Summary) -> list[str]:
             for _, tasks in kinds:
                 found = None if name == other else summary.improvement(name, other, tasks)
                 cells.append("" if found is None else _interval(found, "{:.2f}"))
-        if summary.accuracies:
-            gain = summary.gain(name, summary.accuracies)
-            cells.append("" if gain is None else _difference(gain, "linear"))
+        if summary.stage_two:
+            gain = summary.gain(name, summary.stage_two)
+            cells.append("" if gain is None else _difference(gain, headline.scale))
         rows.append([_label(summary, name), *cells])
     return [
         "## Probability of improvement",
         "How likely a run of the arm is better than a run of the other, [95 % percentile bootstrap "
-        "interval]; accuracy: mean over linear probes and fine-tuning at all numbers of labels. "
-        "Last column: interquartile mean over those tasks and seeds of the accuracy above the mean "
-        "of random timesteps.",
+        f"interval]; {headline.text}: mean over {_kinds(summary)} at all numbers of labels. "
+        f"Last column: interquartile mean over those tasks and seeds of the {headline.text} {side} "
+        "the mean of random timesteps.",
         _table(heads, rows, left=1),
     ]
 
@@ -190,7 +246,7 @@ def _neighbours(summary: Summary) -> list[str]:
     if not tasks:
         return []
     rows = [
-        [_label(summary, name), *(_cell(summary.estimate(name, task), task) for task in tasks)]
+        [_label(summary, name), *(_cell(summary, name, task) for task in tasks)]
         for name in summary.shown
     ]
     return ["## Nearest neighbours", _table(["arm", *map(task_name, tasks)], rows, left=1)]
@@ -211,10 +267,17 @@ def _label(summary: Summary, name: str) -> str:
     return summary.runs[name].arm.label
 
 
-def _cell(found: Estimate | None, task: str) -> str:
+def _kinds(summary: Summary) -> str:
+    """What stage 2 has measured beside nearest neighbours."""
+    probes = "linear probes" if _classes(summary) else "heads on frozen features"
+    return f"{probes} and fine-tuning" if summary.plan.finetune is not None else probes
+
+
+def _cell(summary: Summary, name: str, task: str) -> str:
+    found, scale = summary.estimate(name, task), summary.scale(task)
     if found is None:
         return ""
-    return _interval(found, "{:.3f}") if task == REWARD else _interval(found, "{:.1f}", 100)
+    return _interval(found, "{:.3f}" if scale == 1 else "{:.1f}", scale)
 
 
 def _interval(found: Estimate, form: str, scale: float = 1.0) -> str:
@@ -226,10 +289,8 @@ def _interval(found: Estimate, form: str, scale: float = 1.0) -> str:
     return f"{text(found.value)} [{text(found.low)}, {text(found.high)}]"
 
 
-def _difference(found: Estimate, task: str) -> str:
-    if task == REWARD:
-        return _interval(found, "{:+.3f}")
-    return _interval(found, "{:+.1f}", 100)
+def _difference(found: Estimate, scale: float) -> str:
+    return _interval(found, "{:+.3f}" if scale == 1 else "{:+.1f}", scale)
 
 
 def _number(value: float, *, signed: bool = False) -> str:

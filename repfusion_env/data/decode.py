@@ -1,9 +1,10 @@
 """Image files into banks: decoded, resized and stacked by threads.
 
 Each image is brought to its final size before it is kept, and the banks are allocated once, so that
-a data set takes the memory of its uint8 pixels and no more.
+a data set takes the memory of its uint8 pixels and no more. What cannot be read is left out as far
+as ``data.skip_unreadable`` allows, and refused otherwise.
 
-Shape letters: M images, C channels, H height, W width.
+Shape letters: M images, C channels, H height, W width, S side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from repfusion_env.config import DataConfig
 from repfusion_env.data.memory import reserve
+from repfusion_env.data.unreadable import Unreadable
 from repfusion_env.progress import watched
 
 SUFFIXES = (
@@ -33,65 +36,187 @@ GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
 # Files of one task: enough that handing it to a thread costs nothing beside the decoding.
 BLOCK = 64
 MOST_THREADS = 16
+ROWS_MOVED = 1024
 
 P = TypeVar("P")
 R = TypeVar("R")
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What was read of one part of a data set.
+
+    Args:
+        tensors: What each job gave, stacked, each (M, ...).
+        kept: Positions of the M jobs that could be read among those given, int64, ascending.
+    """
+
+    tensors: tuple[Tensor, ...]
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What all images of a data set have in common.
+
+    Args:
+        shape: (C, H, W).
+        looked_at: Positions of the files whose headers could be read, for training and held-out.
+    """
+
+    shape: tuple[int, int, int]
+    looked_at: tuple[list[int], list[int]]
+
+
 def decode_files(
-    name: str, listings: tuple[Sequence[Path], Sequence[Path]], config: DataConfig
-) -> tuple[Tensor, Tensor]:
+    name: str,
+    listings: tuple[Sequence[Path], Sequence[Path]],
+    config: DataConfig,
+    unreadable: Unreadable,
+) -> tuple[Decoded, Decoded]:
     """Pixels of the training and of the held-out files, uint8 (M, C, H, W), of one shape.
 
     Grey where all files are grey (or ``data.channels`` says so), RGB otherwise.
 
     Raises:
-        ValueError: A file is no image, truncated or damaged; sizes are mixed without
-            ``data.image_size``; or the banks exceed the machine's memory.
+        ValueError: More files than may be left out are no image, truncated or damaged; sizes are
+            mixed without ``data.image_size``; or the banks exceed the machine's memory.
     """
-    paths = [*listings[0], *listings[1]]
+    found = outline(listings, config, unreadable)
+    reserve(name, (len(listings[0]), len(listings[1])), found.shape)
+
+    def read(path: Path) -> tuple[Tensor]:
+        with sentences(f"'{path}'"):
+            return (decoded(path, side=config.image_size, channels=found.shape[0]),)
+
+    train, heldout = (
+        [listing[index] for index in places]
+        for listing, places in zip(listings, found.looked_at, strict=True)
+    )
+    parts = decode_each(name, (train, heldout), read, [(found.shape, torch.uint8)], unreadable)
+    first, second = (
+        Decoded(part.tensors, torch.tensor(places, dtype=torch.int64)[part.kept])
+        for part, places in zip(parts, found.looked_at, strict=True)
+    )
+    return first, second
+
+
+def outline(
+    listings: tuple[Sequence[Path], Sequence[Path]], config: DataConfig, unreadable: Unreadable
+) -> Outline:
+    """Size and colour of the images; from the files' headers where the configuration is silent.
+
+    Raises:
+        ValueError: Sizes are mixed without ``data.image_size``, or more files than may be left out
+            have no header that can be read.
+    """
     side, channels = config.image_size, config.channels
-    height = width = side or 0
-    if side is None or channels is None:
-        # Headers alone tell size and colour; with both given there is nothing to look for.
-        heads = list(_headers(paths))
-        if side is None:
-            width, height = _one_size(paths, [head[0] for head in heads])
-        if channels is None:
-            channels = 1 if all(mode in GREY_MODES for _, mode in heads) else 3
-    counts = (len(listings[0]), len(listings[1]))
-    shape = (channels, height, width)
-    reserve(name, counts, shape)
-    banks = tuple(torch.empty((count, *shape), dtype=torch.uint8) for count in counts)
+    everything = list(range(len(listings[0]))), list(range(len(listings[1])))
+    if side is not None and channels is not None:
+        return Outline((channels, side, side), everything)
+    paths = [*listings[0], *listings[1]]
+    heads: list[tuple[Path, tuple[int, int], str]] = []
+    looked_at: tuple[list[int], list[int]] = ([], [])
+    for index, (path, head) in enumerate(zip(paths, _headers(paths), strict=True)):
+        heldout = index >= len(listings[0])
+        if isinstance(head, str):
+            unreadable.add(head, heldout)
+            continue
+        heads.append((path, *head))
+        looked_at[heldout].append(index - len(listings[0]) * heldout)
+    if not heads:
+        raise ValueError(f"data.path: none of the {len(paths):,} images can be read")
+    width, height = (side, side) if side is not None else _one_size(heads)
+    grey = all(mode in GREY_MODES for _, _, mode in heads)
+    return Outline((channels or (1 if grey else 3), height, width), looked_at)
+
+
+def decode_each(
+    name: str,
+    jobs: tuple[Sequence[P], Sequence[P]],
+    read: Callable[[P], tuple[Tensor, ...]],
+    rows: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    unreadable: Unreadable,
+) -> tuple[Decoded, Decoded]:
+    """The results of ``read`` for the training and for the held-out jobs, by threads.
+
+    Args:
+        name: Of the data set, for messages.
+        jobs: One for each image.
+        read: Gives one row of every tensor; called by several threads at once. The ValueErrors it
+            raises, one sentence with the file's name each, say that the image cannot be read.
+        rows: Shape and dtype of what it gives.
+        unreadable: Who decides about images that cannot be read.
+
+    Raises:
+        ValueError: More images than may be left out cannot be read, or all of a part.
+    """
+    counts = (len(jobs[0]), len(jobs[1]))
+    parts = [
+        [torch.empty((count, *shape), dtype=dtype) for shape, dtype in rows] for count in counts
+    ]
+    readable = [np.ones(count, bool) for count in counts]
 
     def decode(block: range) -> range:
         for index in block:
-            with sentences(f"'{paths[index]}'"):
-                pixels = decoded(paths[index], side=side, channels=channels or 3)
-            heldout = index >= counts[0]
-            banks[heldout][index - counts[0] * heldout].copy_(pixels)
+            part = int(index >= counts[0])
+            row = index - counts[0] * part
+            try:
+                values = read(jobs[part][row])
+            except ValueError as error:
+                unreadable.add(str(error), part)
+                readable[part][row] = False
+                continue
+            for tensor, value in zip(parts[part], values, strict=True):
+                tensor[row].copy_(value)
         return block
 
-    blocks = _blocks(len(paths))
-    for _ in watched(in_threads(decode, blocks), len(paths), description="decode", unit="images"):
+    total, blocks = sum(counts), _blocks(sum(counts))
+    for _ in watched(in_threads(decode, blocks), total, description="decode", unit="images"):
         pass
-    return banks[0], banks[1]
+    unreadable.check_rest((int(readable[0].sum()), int(readable[1].sum())))
+    train, heldout = (
+        Decoded(tuple(closed_up(tensor, kept) for tensor in tensors), kept)
+        for tensors, kept in zip(
+            parts, (torch.from_numpy(np.flatnonzero(found)) for found in readable), strict=True
+        )
+    )
+    return train, heldout
+
+
+def closed_up(tensor: Tensor, kept: Tensor) -> Tensor:
+    """The rows ``kept`` (ascending) moved to the front of ``tensor`` itself, and only these.
+
+    A copy of a bank that fills the memory would not fit beside it.
+    """
+    if len(kept) == len(tensor):
+        return tensor
+    for start in range(0, len(kept), ROWS_MOVED):
+        rows = kept[start : start + ROWS_MOVED]
+        # Rows only move forward, so that none is overwritten before it has moved.
+        tensor[start : start + len(rows)] = tensor[rows]
+    return tensor[: len(kept)]
 
 
 def decoded(source: Path | BytesIO, *, side: int | None, channels: int) -> Tensor:
     """One image, uint8 (C, H, W); with a side its middle square at this size, antialiased."""
     with Image.open(source) as image:
-        if side is not None:
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8: what is left is still twice the side.
-            image.draft(None, (2 * side, 2 * side))
-        picture = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+        return pixels(image, side=side, channels=channels)
+
+
+def pixels(image: Image.Image, *, side: int | None, channels: int) -> Tensor:
+    """An opened image, uint8 (C, H, W); with a side its middle square at this size, antialiased."""
+    if side is not None:
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8: what is left is still twice the side.
+        image.draft(None, (2 * side, 2 * side))
+    picture = eight_bits(image).convert("L" if channels == 1 else "RGB")
     if side is not None and picture.size != (side, side):
         picture = ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR)
     array = torch.from_numpy(np.array(picture))
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """16 bits grey brought to 8; Pillow's own conversion would make nearly everything white."""
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode '{image.mode}' have no known range; save 8 or 16 bits")
@@ -105,6 +230,8 @@ def sentences(named: str) -> Iterator[None]:
     """Whatever Pillow raises inside, as one sentence about ``named``."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise ValueError(f"data.path: there is no file {named}") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"data.path: {named} is not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -126,14 +253,17 @@ def _blocks(count: int) -> list[range]:
     return [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
 
-def _headers(paths: Sequence[Path]) -> Iterator[tuple[tuple[int, int], str]]:
-    """((W, H), mode) of each file, without its pixels."""
+def _headers(paths: Sequence[Path]) -> Iterator[tuple[tuple[int, int], str] | str]:
+    """((W, H), mode) of each file, without its pixels; or what is wrong with it, as a sentence."""
 
-    def read(block: range) -> list[tuple[tuple[int, int], str]]:
-        found = []
+    def read(block: range) -> list[tuple[tuple[int, int], str] | str]:
+        found: list[tuple[tuple[int, int], str] | str] = []
         for index in block:
-            with sentences(f"'{paths[index]}'"), Image.open(paths[index]) as image:
-                found.append((image.size, image.mode))
+            try:
+                with sentences(f"'{paths[index]}'"), Image.open(paths[index]) as image:
+                    found.append((image.size, image.mode))
+            except ValueError as error:
+                found.append(str(error))
         return found
 
     pieces = in_threads(read, _blocks(len(paths)))
@@ -141,15 +271,17 @@ def _headers(paths: Sequence[Path]) -> Iterator[tuple[tuple[int, int], str]]:
         yield from piece
 
 
-def _one_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    for path, size in zip(paths, sizes, strict=True):
-        if size != sizes[0]:
+def _one_size(heads: Sequence[tuple[Path, tuple[int, int], str]]) -> tuple[int, int]:
+    first, wanted, _ = heads[0]
+    for path, size, _ in heads:
+        if size != wanted:
             raise ValueError(
-                f"data.path: images of mixed size: '{paths[0]}' is {_size(sizes[0])} and "
-                f"'{path}' is {_size(size)} (width x height); data.image_size resizes them"
+                f"data.path: images of mixed size: '{first}' is {size_of(wanted)} and "
+                f"'{path}' is {size_of(size)} (width x height); data.image_size resizes them"
             )
-    return sizes[0]
+    return wanted
 
 
-def _size(size: tuple[int, int]) -> str:
+def size_of(size: tuple[int, int]) -> str:
+    """(W, H) as text."""
     return f"{size[0]}x{size[1]}"

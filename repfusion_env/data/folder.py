@@ -18,6 +18,7 @@ from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import UNLABELLED, ImageBank
 from repfusion_env.data.decode import SUFFIXES, decode_files
 from repfusion_env.data.splits import permutation, split
+from repfusion_env.data.unreadable import Unreadable
 from repfusion_env.registry import did_you_mean
 
 HELDOUT_FOLDERS = ("test", "val")
@@ -65,13 +66,22 @@ def banks(
 ) -> tuple[ImageBank, ImageBank]:
     """Decode (path, label) listings, no more of them than the configuration's limits."""
     train, heldout = listings[0][: config.train_limit], listings[1][: config.heldout_limit]
+    unreadable = Unreadable(len(train) + len(heldout), config.skip_unreadable, name)
     paths = ([path for path, _ in train], [path for path, _ in heldout])
-    images = decode_files(name, paths, config)
+    parts = decode_files(name, paths, config, unreadable)
     labels = [torch.tensor([label for _, label in listing]) for listing in (train, heldout)]
-    return (
-        ImageBank(name, images[0], labels[0], classes),
-        ImageBank(name, images[1], labels[1], classes),
+    first, second = (
+        ImageBank(
+            name,
+            part.tensors[0],
+            labels[index][part.kept],
+            classes,
+            skipped=unreadable.listed(index),
+        )
+        for index, part in enumerate(parts)
     )
+    unreadable.report()
+    return first, second
 
 
 def shuffled(listing: Listing) -> Listing:
@@ -128,7 +138,7 @@ def _classes(root: Path) -> tuple[str, ...]:
             "of images per class"
         )
     empty = [name for name in names if not visible_files(root / name)]
-    if any(next(_images(root / name), None) for name in empty):
+    if any(next(images_under(root / name), None) for name in empty):
         return UNLABELLED
     return tuple(names)
 
@@ -141,7 +151,7 @@ def _telling(classes: tuple[str, ...]) -> tuple[str, ...]:
 def _files(root: Path, classes: Sequence[str]) -> Listing:
     """Every visible file of each class, so that a stray one is noticed; or all images."""
     if tuple(classes) == UNLABELLED:
-        listing = [(path, 0) for path in sorted(_images(root))]
+        listing = [(path, 0) for path in sorted(images_under(root))]
         if not listing:
             raise ValueError(
                 f"data.path: '{root}' holds no images; known by their names are "
@@ -157,7 +167,7 @@ def _files(root: Path, classes: Sequence[str]) -> Listing:
     return listing
 
 
-def _images(root: Path) -> Iterator[Path]:
+def images_under(root: Path) -> Iterator[Path]:
     """Images at any depth, by their suffixes; what else lies there is left alone."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not _hidden(name)]

@@ -32,22 +32,26 @@ def machine_memory() -> int | None:
     return found if found > 0 else None
 
 
-def reserve(name: str, counts: tuple[int, int], shape: tuple[int, int, int]) -> None:
+def reserve(
+    name: str, counts: tuple[int, int], shape: tuple[int, int, int], *, masks: bool = False
+) -> None:
     """Say what the two banks of one data set need, and refuse what does not fit.
 
     Args:
         name: Of the data set.
         counts: Training and held-out images.
         shape: (C, H, W) of one image, one byte each.
+        masks: Whether each has a mask beside it, one byte for each of its pixels.
 
     Raises:
         ValueError: The banks are larger than the machine's memory.
     """
     channels, height, width = shape
-    need = sum(counts) * channels * height * width
+    need = sum(counts) * (channels + masks) * height * width
     have = machine_memory()
     what = (
         f"{counts[0]:,} training and {counts[1]:,} held-out images of {channels}x{height}x{width}"
+        f"{' and their masks' if masks else ''}"
     )
     if have is not None and need > have:
         raise ValueError(

@@ -1,8 +1,10 @@
-"""Image banks in one ``.npz`` file: uint8 images (M, H, W, C) or (M, H, W), and their labels.
+"""Image banks in one ``.npz`` file: uint8 images (M, H, W, C) or (M, H, W), and what is known.
 
 Either the split is in the file (``train_images``, ``train_labels``, ``test_images``,
 ``test_labels``), or it holds ``images`` and ``labels``, of which a fixed random 20 % are held out.
-``classes`` names the classes; without it they are numbered.
+Beside labels, or instead of them, there may be masks, keypoints and boxes
+(:mod:`repfusion_env.data.npz_annotations`). ``classes`` names the classes; without it they are
+numbered.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor
 
 from repfusion_env.config import DataConfig
-from repfusion_env.data.bank import ImageBank
+from repfusion_env.data import npz_annotations
+from repfusion_env.data.annotations import Annotation
+from repfusion_env.data.bank import UNLABELLED, ImageBank
 from repfusion_env.data.splits import split
 
 Array = np.ndarray
-SPLIT_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-WHOLE_KEYS = ("images", "labels")
+KINDS = ("labels", *npz_annotations.KINDS)
+# What stands before the names of the arrays of each part.
+SPLIT, WHOLE = ("train_", "test_"), ("",)
 CHANNELS = (1, 2, 3, 4)
 
 
@@ -32,38 +37,60 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
 
     Raises:
         ValueError: The file is missing, truncated, no ``.npz``, holds pickled objects, lacks a
-            key, or its images and labels have a wrong type, shape, number or range.
+            key, or its images and what is known of them have a wrong type, shape, number or range.
     """
     if config.path is None:
         raise ValueError("data.path: data.name 'npz' needs the path of an .npz bank")
     path = Path(config.path).expanduser()
     with _opened(path) as file:
-        keys = next(
-            (wanted for wanted in (SPLIT_KEYS, WHOLE_KEYS) if set(wanted) <= set(file)), None
-        )
-        if keys is None:
-            raise ValueError(
-                f"'{path}' lacks the arrays of an image bank: it needs {', '.join(SPLIT_KEYS)}, or "
-                f"{', '.join(WHOLE_KEYS)}, but holds {', '.join(file) or 'nothing'}"
-            )
-        arrays = {key: file[key] for key in keys}
+        prefixes, kinds = _contents(path, file)
         named = file.get("classes")
-    labels = {key: _labels(path, key, arrays[key]) for key in keys if key.endswith("labels")}
-    classes = _classes(path, named, labels)
-    banks = []
-    for images_key, labels_key in zip(keys[::2], keys[1::2], strict=True):
-        images = _images(path, images_key, arrays[images_key])
-        banks.append(_bank(path, images_key, images, labels[labels_key], classes))
+        names = None if named is None else npz_annotations.class_names(path, "classes", named)
+        labels: dict[str, Tensor] = {}
+        classes: tuple[str, ...] = UNLABELLED
+        if "labels" in kinds:
+            keys = {prefix: f"{prefix}labels" for prefix in prefixes}
+            labels = {prefix: _labels(path, key, file[key]) for prefix, key in keys.items()}
+            # Names are those of the labels, where there are labels.
+            classes, names = names or _numbered(labels), None
+        images = {
+            prefix: _images(path, f"{prefix}images", file[f"{prefix}images"]) for prefix in prefixes
+        }
+        dense = [kind for kind in npz_annotations.KINDS if kind in kinds]
+        annotations = npz_annotations.read(path, file, images, dense, names)
+    banks = [
+        _bank(path, prefix, images[prefix], labels.get(prefix), classes, annotations[prefix])
+        for prefix in prefixes
+    ]
     if len(banks) == 2:
         return banks[0], banks[1]
     whole = banks[0]
     if len(whole) < 2:
         raise ValueError(f"'{path}' holds 1 image; at least 2 are needed to hold one out")
-    train, heldout = (
-        ImageBank(whole.name, whole.images[ids], whole.labels[ids], classes)
-        for ids in split(len(whole))
-    )
+    train, heldout = (whole.take(ids) for ids in split(len(whole)))
     return train, heldout
+
+
+def _contents(path: Path, file: Mapping[str, Array]) -> tuple[tuple[str, ...], list[str]]:
+    """What stands before the arrays' names, and what is known of the images."""
+    for prefixes in (SPLIT, WHOLE):
+        if not all(f"{prefix}images" in file for prefix in prefixes):
+            continue
+        kinds = [kind for kind in KINDS if any(f"{prefix}{kind}" in file for prefix in prefixes)]
+        missing = [f"{prefix}{kind}" for prefix in prefixes for kind in kinds]
+        missing = [key for key in missing if key not in file]
+        if missing:
+            raise ValueError(
+                f"'{path}' lacks the arrays of an image bank: it needs train_images, test_images "
+                f"and the same of both, but holds {', '.join(file)} and no {', '.join(missing)}"
+            )
+        if kinds:
+            return prefixes, kinds
+    raise ValueError(
+        f"'{path}' lacks the arrays of an image bank: it needs train_images, test_images and of "
+        f"both {', '.join(KINDS[:-1])} or {KINDS[-1]} (such as train_labels, test_labels), or "
+        f"images and one of these, but holds {', '.join(file) or 'nothing'}"
+    )
 
 
 @contextmanager
@@ -101,6 +128,10 @@ class _Arrays(Mapping[str, Array]):
             raise ValueError(f"'{self.path}' holds {reason} in '{key}'; refused") from error
         return array
 
+    def __contains__(self, key: object) -> bool:
+        # A mapping's own would unpack the array to see whether it is there.
+        return key in self.file.files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.file.files)
 
@@ -137,21 +168,22 @@ def _labels(path: Path, key: str, array: Array) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _classes(path: Path, named: Array | None, labels: Mapping[str, Tensor]) -> tuple[str, ...]:
-    if named is not None:
-        if named.ndim != 1 or named.dtype.kind not in "US":
-            raise ValueError(
-                f"'{path}': classes must be a list of names, not {named.dtype} {named.shape}"
-            )
-        return tuple(str(name) for name in named.astype(str))
+def _numbered(labels: Mapping[str, Tensor]) -> tuple[str, ...]:
     highest = max((int(part.max()) for part in labels.values() if len(part)), default=0)
     return tuple(str(number) for number in range(highest + 1))
 
 
 def _bank(
-    path: Path, key: str, images: Tensor, labels: Tensor, classes: tuple[str, ...]
+    path: Path,
+    prefix: str,
+    images: Tensor,
+    labels: Tensor | None,
+    classes: tuple[str, ...],
+    annotations: dict[str, Annotation],
 ) -> ImageBank:
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.int64)
     try:
-        return ImageBank(path.stem, images, labels, classes)
+        return ImageBank(path.stem, images, labels, classes, annotations=annotations)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"'{path}': {key}: {error}") from error
+        raise ValueError(f"'{path}': {prefix}images: {error}") from error

@@ -26,9 +26,10 @@ import torch
 
 from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import UNLABELLED, ImageBank
-from repfusion_env.data.decode import SUFFIXES, decoded, in_threads, sentences
+from repfusion_env.data.decode import SUFFIXES, closed_up, decoded, in_threads, sentences
 from repfusion_env.data.memory import reserve
 from repfusion_env.data.splits import split
+from repfusion_env.data.unreadable import Unreadable
 from repfusion_env.progress import watched
 from repfusion_env.registry import did_you_mean
 
@@ -59,8 +60,8 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
 
     Raises:
         ValueError: The library is missing, there are no shards, one is damaged, a sample has no
-            image or label, sizes are mixed without data.image_size, or the images do not fit into
-            memory.
+            image or label, more images than may be left out are damaged, sizes are mixed without
+            data.image_size, or the images do not fit into memory.
     """
     wds = _library()
     if config.path is None:
@@ -76,13 +77,14 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
     counts = (len(order[0]), len(order[1]))
     channels = config.channels or 3
     name = _name(config.path)
+    unreadable = Unreadable(sum(counts), config.skip_unreadable, name)
     height = width = config.image_size or 0
     if config.image_size is None:
-        sample = next(_samples(shards[0], wds))
-        height, width = _pixels(sample, shards[0], None, channels).shape[1:]
+        height, width = _first_size(shards[0], wds, channels, unreadable)
     reserve(name, counts, (channels, height, width))
     images = [torch.empty((n, channels, height, width), dtype=torch.uint8) for n in counts]
     bank_of, row_of = _places(order, sum(map(len, shards)))
+    readable = [np.ones(count, bool) for count in counts]
     labels: list[Label | None] = [None] * len(bank_of)
 
     def read(shard: _Shard) -> _Shard:
@@ -91,8 +93,13 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
             found += 1
             if bank_of[index] < 0:
                 continue
-            labels[index] = _label(sample, shard)
-            pixels = _pixels(sample, shard, config.image_size, channels)
+            try:
+                labels[index] = _label(sample, shard)
+                pixels = _pixels(sample, shard, config.image_size, channels)
+            except ValueError as error:
+                unreadable.add(str(error), bank_of[index])
+                readable[bank_of[index]][row_of[index]] = False
+                continue
             if pixels.shape[1:] != (height, width):
                 raise ValueError(
                     f"data.path: images of mixed size: {_where(sample, shard)} is "
@@ -107,12 +114,38 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
     total = sum(map(len, shards))
     for _ in watched(in_threads(read, shards), total, description="decode", unit="images"):
         pass
-    kept = [[labels[index] for index in part.tolist()] for part in order]
-    classes, numbers = _classes(kept, shards[0].path.parent / CLASS_NAMES, config.path)
-    return (
-        ImageBank(name, images[0], torch.tensor(numbers[0]), classes),
-        ImageBank(name, images[1], torch.tensor(numbers[1]), classes),
+    unreadable.check_rest((int(readable[0].sum()), int(readable[1].sum())))
+    kept = [torch.from_numpy(np.flatnonzero(part)) for part in readable]
+    given = [
+        [labels[index] for index in part[rows].tolist()]
+        for part, rows in zip(order, kept, strict=True)
+    ]
+    classes, numbers = _classes(given, shards[0].path.parent / CLASS_NAMES, config.path)
+    train, heldout = (
+        ImageBank(
+            name,
+            closed_up(images[part], kept[part]),
+            torch.tensor(numbers[part], dtype=torch.int64),
+            classes,
+            skipped=unreadable.listed(part),
+        )
+        for part in (0, 1)
     )
+    unreadable.report()
+    return train, heldout
+
+
+def _first_size(shard: _Shard, wds: Any, channels: int, unreadable: Unreadable) -> tuple[int, int]:
+    """(H, W) of the first image that can be read; the others must have the same."""
+    for sample in _samples(shard, wds):
+        try:
+            height, width = _pixels(sample, shard, None, channels).shape[1:]
+        except ValueError:
+            if unreadable.allowed == 0:
+                raise
+            continue
+        return height, width
+    raise ValueError(f"data.path: none of the images in shard '{shard.path}' can be read")
 
 
 def _library() -> Any:

@@ -21,6 +21,7 @@ from repfusion_env.data.folder import (
     some,
     visible_files,
 )
+from repfusion_env.data.text_files import text_of
 from repfusion_env.registry import did_you_mean
 
 FOLDER = "tiny-imagenet-200"
@@ -102,11 +103,5 @@ def _names(root: Path, wnids: list[str]) -> tuple[str, ...]:
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """(number, tab-separated fields) of each line that holds something."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"data.path: there is no file '{path}'") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.path: '{path}' cannot be read as text ({error})") from error
-    lines = enumerate(text.splitlines(), 1)
+    lines = enumerate(text_of(path).splitlines(), 1)
     return [(number, line.split("\t")) for number, line in lines if line.strip()]

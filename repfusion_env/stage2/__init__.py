@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from repfusion_env.stage2.loading import embed as embed
     from repfusion_env.stage2.loading import load_banks as load_banks
     from repfusion_env.stage2.loading import load_student as load_student
+    from repfusion_env.stage2.network import TaskStudent as TaskStudent
     from repfusion_env.stage2.settings import FinetuneConfig as FinetuneConfig
 
 _LAZY = {
@@ -29,6 +30,7 @@ _LAZY = {
     "KnnProbe": "knn",
     "LinearProbe": "linear",
     "SavedStudent": "loading",
+    "TaskStudent": "network",
     "embed": "loading",
     "finetune": "finetuning",
     "knn_probe": "knn",

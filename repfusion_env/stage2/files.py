@@ -4,6 +4,7 @@ config.json      settings; --resume reads them
 checkpoints/     see :mod:`repfusion_env.checkpoint`
 metrics.jsonl    a line per evaluation
 curve.png        the same, drawn
+predictions.png  held-out images beside what is known and what the student says
 model.safetensors, summary.json (last)
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from repfusion_env.atomic import atomic_file, remove_leftovers, write_text
+from repfusion_env.metric_names import metric_name, metric_text
 from repfusion_env.metrics import plain
 from repfusion_env.stage2.settings import FinetuneConfig
 
@@ -97,3 +99,15 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def headline_of(summary: Mapping[str, Any]) -> str:
+    """The metric by which students are compared, in words: ``accuracy 94.2 %``.
+
+    Args:
+        summary: Of a finished fine-tuning; those of classification once named no metric.
+    """
+    name = summary.get("headline", "accuracy")
+    value = summary["metrics"][name] if "metrics" in summary else summary[name]
+    text = metric_text(value, percent=summary.get("percent", True))
+    return f"{metric_name(name)} {text}"

@@ -1,8 +1,8 @@
-"""Fine-tuning a student on labels, with exact resume.
+"""Fine-tuning a student on labels, masks, points or boxes, with exact resume.
 
 Every random number of a step depends on (seed, step) alone, so nothing random is stored.
 
-Shape letters: M labelled images, B images of a step, S student width, C classes.
+Shape letters: M labelled images, B images of a step.
 """
 
 from __future__ import annotations
@@ -19,21 +19,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from repfusion_env.checkpoint import load_latest, save_checkpoint
+from repfusion_env.config import ExperimentConfig
 from repfusion_env.data import ImageBank
 from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.progress import Progress
 from repfusion_env.stage2.augmentation import augment, mixer
-from repfusion_env.stage2.labels import label_count, labelled_subset
-from repfusion_env.stage2.loading import pooled
+from repfusion_env.stage2.labels import label_count, task_subset
+from repfusion_env.stage2.network import (
+    TaskStudent,
+    evaluate,
+    joint_augmentation,
+    stage2_task,
+    task_loss,
+)
 from repfusion_env.stage2.settings import FinetuneConfig
 from repfusion_env.student import learning_rate_factor, optimizer_of
-from students import Backbone, linear_head
+from repfusion_env.tasks.classification import ClassificationTask
+from students import Backbone
 
 KIND = "finetuning"
-EVALUATION_BATCH = 256
+# Of a row of the curve, beside the metric's values.
+ROW = ("step", "loss", "heldout_loss", "learning_rate")
 Watcher = Callable[[list[dict[str, float]]], None]
 
 
@@ -45,43 +53,41 @@ class Stopped(Exception):
         super().__init__(f"stopped at step {step:,} of {steps:,}")
 
 
-class Classifier(nn.Module):
-    """A backbone and a linear head on its last stage's average."""
-
-    def __init__(self, backbone: Backbone, classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = linear_head(backbone.feature_channels, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, C, H, W) in [-1, 1]."""
-        logits: Tensor = self.head(pooled(self.backbone, images))
-        return logits
-
-
 @dataclass(frozen=True, eq=False)
 class FinetuneResult:
     """What fine-tuning led to.
 
     Attributes:
-        accuracy: Held-out accuracy after the last step, in [0, 1]. No earlier and better one is
-            picked, which would choose by the held-out labels.
-        loss: Held-out cross-entropy in nats there.
+        metrics: The task's metric on the held-out images after the last step, by name. No earlier
+            and better one is picked, which would choose by the held-out targets.
+        headline: The name by which students are compared: ``accuracy``, ``miou``, ``nme``, ...
+        loss: Held-out loss there; of classification cross-entropy in nats.
         seconds: Spent on training and evaluation, those before a resume included.
         steps: Optimizer steps.
         labels: Labelled images used.
         curve: A row per evaluation: step, loss (mean training loss since the row before),
-            heldout_loss, accuracy, learning_rate.
-        model: The trained classifier in eval mode (the average where ``ema`` is on).
+            heldout_loss, the metric's values, learning_rate.
+        model: Backbone and head in eval mode (the average where ``ema`` is on).
     """
 
-    accuracy: float
+    metrics: dict[str, float]
+    headline: str
     loss: float
     seconds: float
     steps: int
     labels: int
     curve: list[dict[str, float]]
-    model: Classifier
+    model: TaskStudent
+
+    @property
+    def value(self) -> float:
+        """The headline metric."""
+        return self.metrics[self.headline]
+
+    @property
+    def accuracy(self) -> float:
+        """Of classification, in [0, 1]."""
+        return self.metrics["accuracy"]
 
 
 def finetune(
@@ -90,19 +96,21 @@ def finetune(
     heldout: ImageBank,
     config: FinetuneConfig,
     *,
+    experiment: ExperimentConfig | None = None,
     checkpoint_folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     interrupted: Callable[[], bool] | None = None,
     watch: Watcher | None = None,
 ) -> FinetuneResult:
-    """Train ``backbone`` with a new linear head on the labels that ``config`` allows.
+    """Train ``backbone`` with a new head of its task on the images that ``config`` allows.
 
     Args:
         backbone: Where to start; it stays as it is.
         train: Training images, on the device to train on.
         heldout: Images to evaluate on, on the same device. They choose nothing.
         config: The settings.
+        experiment: The run's configuration, for its task; None: classification.
         checkpoint_folder: Where to save the state now and then; None: nowhere.
         resume: Go on from the newest checkpoint there, or begin where there is none.
         progress: Whether to show how far it is.
@@ -111,11 +119,11 @@ def finetune(
         watch: Given the curve after each evaluation.
 
     Raises:
-        ValueError: More labels than images, a checkpoint of other settings, data or weights, or a
-            loss that is not finite any more.
+        ValueError: More labels than images, images without what the task predicts, a checkpoint
+            of other settings, data or weights, or a loss that is not finite any more.
         Stopped: ``interrupted`` said so.
     """
-    run = _Run(backbone, train, heldout, config)
+    run = _Run(backbone, train, heldout, config, experiment)
     folder = None if checkpoint_folder is None else Path(checkpoint_folder)
     if resume and folder is not None and (latest := load_latest(folder, kind=KIND)) is not None:
         run.restore(*latest)
@@ -136,7 +144,7 @@ def finetune(
             run.seconds += time.perf_counter() - started
             if progress:
                 row = run.curve[-1] if evaluated else {}
-                shown = {key: row[key] for key in ("loss", "accuracy") if key in row}
+                shown = {key: row[key] for key in ("loss", run.task.headline) if key in row}
                 bar.update(run.step, **shown)
             if evaluated and watch is not None:
                 watch(run.curve)
@@ -147,7 +155,8 @@ def finetune(
                 raise Stopped(run.step, run.steps)
     last = run.curve[-1]
     return FinetuneResult(
-        accuracy=last["accuracy"],
+        metrics={name: value for name, value in last.items() if name not in ROW},
+        headline=run.task.headline,
         loss=last["heldout_loss"],
         seconds=run.seconds,
         steps=run.steps,
@@ -161,21 +170,33 @@ class _Run:
     """Model, optimizer, and how far they are."""
 
     def __init__(
-        self, backbone: Backbone, train: ImageBank, heldout: ImageBank, config: FinetuneConfig
+        self,
+        backbone: Backbone,
+        train: ImageBank,
+        heldout: ImageBank,
+        config: FinetuneConfig,
+        experiment: ExperimentConfig | None,
     ) -> None:
         self.config, self.train, self.heldout = config, train, heldout
         count = label_count(config.labels, len(train))
-        self.ids = labelled_subset(train.labels, count, config.seed)
+        self.task = stage2_task(experiment, train, config)
+        self.ids = task_subset(self.task.annotation, train, count, config.seed)
         self.batch = min(config.batch_size, count)
         self.steps = config.total_steps(count)
-        classes = len(train.classes)
         with own_randomness(derive_seed(config.seed, "head")):
-            self.model = Classifier(copy.deepcopy(backbone).cpu(), classes).to(train.device)
+            model = TaskStudent(copy.deepcopy(backbone).cpu(), self.task, train.shape)
+        self.model = model.to(train.device)
         self.model.requires_grad_(True)
         self.model.backbone.requires_grad_(not config.frozen)
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        self.average = None
+        if config.ema:
+            # The task is nothing that is trained, and may hold much.
+            average = copy.deepcopy(self.model, {id(self.task): self.task})
+            self.average = average.requires_grad_(False)
         self.optimizer = _optimizer(self.model, config)
-        self.mix = mixer(config, classes)
+        self.augmentation = joint_augmentation(config, train, self.task)
+        classifies = isinstance(self.task, ClassificationTask)
+        self.mix = mixer(config, len(train.classes)) if classifies else None
         self.identity = self._identity(backbone)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
@@ -183,7 +204,7 @@ class _Run:
         self._order: tuple[int, Tensor] | None = None
 
     @property
-    def evaluated(self) -> Classifier:
+    def evaluated(self) -> TaskStudent:
         """The averaged model where there is one."""
         return self.average if self.average is not None else self.model
 
@@ -195,13 +216,16 @@ class _Run:
             model.backbone.eval()
         ids = self._batch_ids()
         with own_randomness(derive_seed(config.seed, "step", self.step), self.train.device):
-            images = augment(self.train.pixels(ids), config)
-            targets = self.train.labels[ids]
+            images, targets = self.train.pixels(ids), self.task.targets(self.train, ids)
+            if self.augmentation is not None:
+                images, targets = self.augmentation(images, targets)
+            if self.task.annotation == "labels":
+                images = augment(images, config)
             if self.mix is not None:
                 images, targets = self.mix(images, targets)
             with self._precision():
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+                outputs = model(images)
+            loss = task_loss(self.task, outputs, targets, label_smoothing=config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.gradient_clip:
@@ -228,14 +252,14 @@ class _Run:
                 f"{self.config.learning_rate}, or precision 'fp32'"
             )
         self.loss_sum.zero_()
-        heldout_loss, accuracy = evaluate(self.evaluated, self.heldout)
+        heldout_loss, metrics = evaluate(self.evaluated, self.heldout)
         rate = self.config.learning_rate * rate_factor(self.config, self.step - 1, self.steps)
         self.curve.append(
             {
                 "step": self.step,
                 "loss": loss,
                 "heldout_loss": heldout_loss,
-                "accuracy": accuracy,
+                **metrics,
                 "learning_rate": rate,
             }
         )
@@ -258,11 +282,14 @@ class _Run:
         before, now = state["identity"], self.identity
         if before["settings"] != now["settings"]:
             old, new = json.loads(before["settings"]), json.loads(now["settings"])
-            changed = [name for name in new if old.get(name) != new[name]]
-            told = ", ".join(f"{name} was {old.get(name)}, now {new[name]}" for name in changed)
-            raise ValueError(f"resume: the run was started with other settings: {told}")
-        for key, noun in (("data", "images"), ("start", "weights")):
-            if before[key] != now[key]:
+            # What an earlier version did not know it had left off.
+            old = FinetuneConfig().essential() | old
+            changed = [name for name in new if old[name] != new[name]]
+            if changed:
+                told = ", ".join(f"{name} was {old[name]}, now {new[name]}" for name in changed)
+                raise ValueError(f"resume: the run was started with other settings: {told}")
+        for key, noun in (("data", "images"), ("start", "weights"), ("head", "heads")):
+            if before.get(key, now[key]) != now[key]:
                 raise ValueError(f"resume: the run was started with other {noun}")
         self.model.load_state_dict(state["model"])
         if self.average is not None:
@@ -277,6 +304,7 @@ class _Run:
         return {
             "settings": json.dumps(self.config.essential(), sort_keys=True),
             "data": f"{self.train.fingerprint} {self.heldout.fingerprint}",
+            "head": str(self.model.head),
             "start": [float(value.double().abs().sum()) for value in values],
         }
 
@@ -303,21 +331,6 @@ class _Run:
         return torch.autocast(self.train.device.type, torch.bfloat16, enabled=enabled)
 
 
-@torch.inference_mode()
-def evaluate(model: Classifier, bank: ImageBank) -> tuple[float, float]:
-    """Cross-entropy in nats and accuracy of ``model`` on all images of ``bank``."""
-    training = model.training
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=bank.device)
-    right = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for ids in torch.arange(len(bank), device=bank.device).split(EVALUATION_BATCH):
-        logits, labels = model(bank.pixels(ids)), bank.labels[ids]
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        right += (logits.argmax(1) == labels).sum()
-    model.train(training)
-    return float(loss) / len(bank), float(right) / len(bank)
-
-
 def rate_factor(config: FinetuneConfig, step: int, steps: int) -> float:
     """Factor of the learning rates in step ``step``, counted from 0, of ``steps``."""
     warmup = int(config.warmup * steps)
@@ -329,7 +342,7 @@ def rate_factor(config: FinetuneConfig, step: int, steps: int) -> float:
     return learning_rate_factor(config.schedule, step / steps)
 
 
-def _optimizer(model: Classifier, config: FinetuneConfig) -> torch.optim.Optimizer:
+def _optimizer(model: TaskStudent, config: FinetuneConfig) -> torch.optim.Optimizer:
     rate = config.learning_rate
     groups: list[dict[str, Any]] = [{"params": list(model.head.parameters()), "lr": rate}]
     if not config.frozen:

@@ -1,4 +1,4 @@
-"""Which training images keep their label where only a few may.
+"""Which training images keep their label, or mask, points, boxes, where only a few may.
 
 Shape letters: M images.
 """
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from repfusion_env.data import ImageBank
 
 
 def label_count(labels: str | int | float, images: int) -> int:
@@ -70,6 +72,20 @@ def labelled_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     # Stable, so images of one round stay in the random order.
     chosen = order[torch.argsort(rounds, stable=True)][:count]
     return chosen.to(labels.device)
+
+
+def task_subset(annotation: str, bank: ImageBank, count: int, seed: int) -> Tensor:
+    """The ``count`` images of ``bank`` that a task learns from, as :func:`labelled_subset`.
+
+    Args:
+        annotation: What the task predicts. Of ``labels`` the draw is balanced over the classes; of
+            all else an image counts as one, whatever is in it.
+        bank: M training images.
+        count: Images to choose, 1 to M.
+        seed: Of the draw.
+    """
+    labels = bank.labels if annotation == "labels" else bank.labels.new_zeros(len(bank))
+    return labelled_subset(labels, count, seed)
 
 
 def _count(labels: str | int | float, images: int) -> int | None:

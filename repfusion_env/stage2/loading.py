@@ -86,11 +86,12 @@ def load_banks(
     """The run's training and held-out images, on ``device``.
 
     Raises:
-        ValueError: The images came without labels, without which there is no stage 2. Those of a
-            run on pseudo-labels (``data.labels: clusters``) are the ones that they came with.
+        ValueError: The images came without labels, without which classification has no stage 2.
+            Those of a run on pseudo-labels (``data.labels: clusters``) are the ones that they came
+            with. What other tasks need they say themselves.
     """
     train, heldout = load_data(config.data)
-    if len(train.classes) < 2:
+    if config.task == "classification" and len(train.classes) < 2:
         raise ValueError(
             f"data set '{train.name}' has no labels, so there is nothing to probe or to fine-tune "
             "on; stage 2 needs a run on images that came with two classes or more, which stage 1 "

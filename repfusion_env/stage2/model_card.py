@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from repfusion_env.stage2.files import headline_of
 from repfusion_env.stage2.loading import SavedStudent
 
 
@@ -136,8 +137,13 @@ def _measured(saved: SavedStudent, summary: dict[str, Any]) -> str:
 def _tuned(path: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     start = ", the same architecture from random weights" if found["from_scratch"] else ""
-    accuracy = 100 * found["accuracy"]
-    return f"`{path.parent.name}`, {found['labelled_images']:,} labels{start}: {accuracy:.1f} %"
+    labels = f"{found['labelled_images']:,} labels"
+    if "headline" not in found or found["headline"] == "accuracy":
+        return f"`{path.parent.name}`, {labels}{start}: {100 * found['accuracy']:.1f} %"
+    return (
+        f"`{path.parent.name}`, {found['task']}, {found['labelled_images']:,} images{start}: "
+        f"{headline_of(found)}"
+    )
 
 
 def _percent(found: dict[str, Any]) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repfusion_env.registry import did_you_mean
 from repfusion_env.stage2.labels import label_count
+
+if TYPE_CHECKING:
+    from repfusion_env.config import ExperimentConfig
 
 CHOICES = {
     "optimizer": ("adamw", "sgd"),
@@ -33,6 +36,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 1),
     "crop": (0, math.inf),
     "resized_crop": (1e-6, 1 + 1e-9),
+    "rotation": (0, math.inf),
+    "scale": (0, 1),
+    "translation": (0, 1 + 1e-9),
+    "jitter": (0, 1 + 1e-9),
     "evaluations": (1, math.inf),
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),
@@ -40,6 +47,13 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 # What may differ when a run goes on: none of these changes the numbers it computes.
 FREE_ON_RESUME = ("checkpoint_every", "keep_checkpoints")
+# What a run's section ``augmentation`` sets too; images move with their targets.
+AUGMENTATION = ("flip", "rotation", "scale", "translation", "jitter")
+# What the shipped dense tasks predict.
+ANNOTATIONS = {"segmentation": "masks", "landmarks": "keypoints", "detection": "boxes"}
+# What changes pixels alone, and what mixes classes, each with its value that is off.
+PIXELS_ALONE: dict[str, float] = {"crop": 0, "resized_crop": 1.0}
+MIXED: dict[str, float] = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -63,7 +77,10 @@ class FinetuneConfig:
     optimizer: str = _option("adamw", "optimizer of backbone and head")
     learning_rate: float = _option(1e-3, "peak step size")
     backbone_factor: float = _option(1.0, "the backbone's step size as part of the head's")
-    frozen: bool = _option(False, "train the linear head alone")
+    frozen: bool = _option(False, "train the head alone: a probe of the frozen features")
+    head: str | None = _option(
+        None, "head of a dense task (linear, fcn, ...); default: the run's configuration"
+    )
     schedule: str = _option("cosine", "of the step size; multistep: a tenth from 1/2 and 3/4 on")
     warmup: float = _option(0.05, "part of the steps in which the step size rises from 0")
     weight_decay: float = _option(1e-4, "weight decay")
@@ -79,6 +96,10 @@ class FinetuneConfig:
     flip: bool = _option(False, "mirror half of the images")
     crop: int = _option(0, "shift images by up to so many pixels, black beyond the edge")
     resized_crop: float = _option(1.0, "smallest part of an image's area that a crop keeps; 1: off")
+    rotation: float = _option(0.0, "largest rotation either way, in degrees")
+    scale: float = _option(0.0, "largest change of size: 0.25 is a factor in [0.75, 1.25]")
+    translation: float = _option(0.0, "largest shift, as a part of the image's side")
+    jitter: float = _option(0.0, "strength of brightness, contrast, saturation and hue")
     precision: str = _option("fp32", "arithmetic of the forward (autocast)")
     evaluations: int = _option(
         10, "held-out evaluations on the way, evenly spaced, the last one in"
@@ -131,6 +152,49 @@ class FinetuneConfig:
     def essential(self) -> dict[str, Any]:
         """What must be the same for a stopped run to go on."""
         return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+
+
+def augmentation_of(experiment: ExperimentConfig) -> dict[str, Any]:
+    """The run's own augmentation as keys of :class:`FinetuneConfig`."""
+    return {name: getattr(experiment.augmentation, name) for name in AUGMENTATION}
+
+
+def with_head(experiment: ExperimentConfig, head: str | None) -> ExperimentConfig:
+    """The run's configuration with another head of its task; None: as it is.
+
+    Raises:
+        ValueError: The task has no such head, or one alone.
+    """
+    if head is None:
+        return experiment
+    from repfusion_env.config_loading import check, merge, to_dict
+
+    values = to_dict(experiment)
+    section = values.get(experiment.task)
+    if not isinstance(section, dict) or "head" not in section:
+        raise ValueError(f"head: '{head}' given, but task '{experiment.task}' has one head alone")
+    return check(merge(values, {f"{experiment.task}.head": head}))
+
+
+def check_targets(config: FinetuneConfig, annotation: str, *, cross_entropy: bool) -> None:
+    """Refuse what the targets cannot follow.
+
+    Args:
+        config: The settings.
+        annotation: What the task predicts: ``labels``, ``masks``, ``keypoints`` or ``boxes``.
+        cross_entropy: Whether the loss takes parts of classes instead of a class.
+
+    Raises:
+        ValueError: An option is on that changes an image and not its targets, or mixes targets.
+    """
+    alone = {} if annotation == "labels" else PIXELS_ALONE
+    for name, off in (alone | ({} if cross_entropy else MIXED)).items():
+        if getattr(config, name) != off:
+            raise ValueError(
+                f"{name}: {getattr(config, name)} given, but {annotation} of this task cannot "
+                f"follow it; leave it at {off:g}. Images move together with their {annotation} by "
+                f"{', '.join(AUGMENTATION)}"
+            )
 
 
 # The published method's second stage for CIFAR-10, by its code.

@@ -168,9 +168,9 @@ def test_arms_without_a_reward_are_compared_by_accuracy_alone(filled: Plan) -> N
     summary = summarize(filled)
     assert summary.estimate("untrained", "reward") is None
     assert summary.improvement("untrained", "random", ["reward"]) is None
-    worse = summary.improvement("untrained", "random", summary.accuracies)
+    worse = summary.improvement("untrained", "random", summary.stage_two)
     assert worse is not None and worse.value == 0.0
-    gain = summary.gain("ucb", summary.accuracies)
+    gain = summary.gain("ucb", summary.stage_two)
     assert gain is not None and gain.value == pytest.approx(0.315)
 
 

@@ -122,7 +122,7 @@ def test_an_evaluation_is_logged_once_for_each_step(tiny: dict[str, Any], tmp_pa
     with Run.create(config, agent="reinforce", label="x") as run:
         run.log(5, 20, {"reward/mean": -1.0})
         for step in (5, 5, 10, 10):
-            log_evaluation(run, step, 4 * step, found)
+            log_evaluation(run, env, step, 4 * step, found)
         metrics = run.metrics()
     assert metrics["step"].tolist() == [5, 5, 10]
     assert metrics["evaluation/learned_reward"][1:] == pytest.approx([found.learned] * 2)

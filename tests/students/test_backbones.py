@@ -12,6 +12,8 @@ from students.small_cnn import build_small_cnn
 from students.wideresnet import WideBlock
 
 OWN = ["small_cnn", "resnet18", "mobilenetv2", "wideresnet28_2"]
+# Have a test file of their own.
+SEGMENTATION = ["bisenet_resnet18", "bisenet_resnet50"]
 
 
 def count(network: nn.Module) -> int:
@@ -27,7 +29,7 @@ def sizes(backbone: Backbone, in_channels: int, image_size: int) -> dict[str, tu
 
 
 def test_own_students_are_listed_and_buildable_by_registry() -> None:
-    assert available_backbones() == OWN == list(BACKBONES)
+    assert available_backbones() == [*OWN, *SEGMENTATION] == list(BACKBONES)
 
 
 def test_resnet18_has_the_parameters_of_the_cifar_resnet18() -> None:
