@@ -13,6 +13,7 @@ from torch import nn
 from agents.command_line import script_of
 from agents.controls import ControlTrainer
 from agents.evaluation import linear_probe_accuracy
+from agents.reporting import metric_words, predictions_of, predictions_title
 from agents.session import BaseSession
 from repfusion_env import plot_style as style
 from repfusion_env.config import ExperimentConfig
@@ -21,8 +22,9 @@ from repfusion_env.progress import Progress
 from repfusion_env.runs import Run, writing
 from repfusion_env.weights import save_weights
 
+METRICS = "evaluation/"
 PROBE = "evaluation/linear_probe_accuracy"
-LOSSES = {"student/task_loss": "cross-entropy", "student/contrastive_loss": "NT-Xent"}
+LOSSES = {"student/task_loss": "task loss", "student/contrastive_loss": "NT-Xent"}
 
 
 class ControlSession(BaseSession):
@@ -56,25 +58,29 @@ class ControlSession(BaseSession):
         metrics = self.trainer.drain_metrics() | self.speed(step)
         self.run.log(step, self.decisions(step), metrics)
         shown = {"loss": sum(metrics.get(tag, 0.0) for tag in LOSSES)}
-        if "student/accuracy" in metrics:
-            shown["accuracy"] = metrics["student/accuracy"]
+        if self.trainer.task is not None:
+            score = self.trainer.task.score
+            shown[score] = metrics[f"student/{score}"]
         progress.update(self.decisions(step), **shown)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure the student on held-out images and log the outcome, by tag.
 
-        Empty where the images have no labels.
+        A linear probe where the images have labels, the task's metric where the student has a head;
+        empty where there is neither.
         """
-        if not self.trainer.parts.train.labelled:
-            return {}
-        found = {PROBE: linear_probe_accuracy(self.trainer, self.config.evaluation.probe_images)}
-        accuracy = self.trainer.heldout_accuracy()
-        if accuracy is not None:
-            found["evaluation/accuracy"] = accuracy
+        trainer, found, figures = self.trainer, {}, {}
+        if trainer.parts.train.labelled:
+            found[PROBE] = linear_probe_accuracy(trainer, self.config.evaluation.probe_images)
+        if trainer.task is not None:
+            metrics = trainer.heldout_metrics()
+            found |= {f"{METRICS}{name}": value for name, value in metrics.items()}
+            title = f"after {self.decisions(step):,} images"
+            figures["evaluation/predictions"] = predictions_of(trainer, trainer.task, title)
         logged = self.run.metrics()
-        before = logged.get(PROBE)
-        if before is None or not np.isfinite(before[logged["step"] == step]).any():
-            self.run.log(step, self.decisions(step), found)
+        before = [logged[tag][logged["step"] == step] for tag in found if tag in logged]
+        if found and not any(np.isfinite(values).any() for values in before):
+            self.run.log(step, self.decisions(step), found, figures=figures)
         return found
 
     def finish(self, step: int) -> None:
@@ -84,9 +90,13 @@ class ControlSession(BaseSession):
         """
         seconds, decisions = self.seconds, self.decisions(step)
         found = self.evaluate(step)
-        student = {"linear_probe_accuracy": found.get(PROBE)}
-        if "evaluation/accuracy" in found:
-            student["accuracy"] = found["evaluation/accuracy"]
+        task = self.trainer.task
+        student: dict[str, Any] = {"linear_probe_accuracy": found.pop(PROBE, None)}
+        if task is not None:
+            metrics = {tag.removeprefix(METRICS): value for tag, value in found.items()}
+            student |= {"headline": task.headline, "metrics": metrics}
+            if "accuracy" in metrics:
+                student["accuracy"] = metrics["accuracy"]
         summary = {
             "agent": self.run.agent,
             "reward": None,
@@ -102,12 +112,16 @@ class ControlSession(BaseSession):
         with writing(folder):
             kept = self.trainer.evaluation_student.backbone
             save_weights(nn.ModuleDict({"backbone": kept}), folder / "student.safetensors")
-            save_figure(self._figure(found), self.run.figure_path)
+            save_figure(self._figure(student["linear_probe_accuracy"]), self.run.figure_path)
+            if task is not None:
+                heldout = len(self.trainer.parts.heldout)
+                title = predictions_title(self.run, task, student["metrics"], heldout)
+                save_figure(predictions_of(self.trainer, task, title), folder / "predictions.png")
         self.run.write_summary(summary)
         self._print(summary)
 
-    def _figure(self, found: Mapping[str, float]) -> Figure:
-        """The loss over the run, and where there are labels the accuracy."""
+    def _figure(self, probed: float | None) -> Figure:
+        """The loss over the run, and where there are labels the linear probe's accuracy."""
         columns = self.run.metrics()
         drawn = [(tag, name) for tag, name in LOSSES.items() if tag in columns]
         figure = Figure(figsize=(7.2, 3.6), dpi=150, facecolor=style.PAPER)
@@ -120,9 +134,9 @@ class ControlSession(BaseSession):
             )
         axes.set_xlim(0, columns["decisions"][-1])
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        style.label_axes(axes, "Training loss", "images shown", "nats")
-        if PROBE in found:
-            style.right_title(axes, f"linear probe {found[PROBE]:.1%}", style.MUTED)
+        style.label_axes(axes, "Training loss", "images shown", "loss")
+        if probed is not None:
+            style.right_title(axes, f"linear probe {probed:.1%}", style.MUTED)
         axes.legend(frameon=False, fontsize=8, labelcolor=style.INK)
         heading = figure.text(
             0.09, 0.94, self.run.folder.name, fontsize=11, color=style.INK, fontweight="bold"
@@ -137,15 +151,18 @@ class ControlSession(BaseSession):
         again += shlex.quote(str(folder / "config.yaml"))
         if self.config.run.name is not None:
             again += " --run.name null"  # that name is taken
-        student, words = summary["student"], "no labels to probe it with"
+        student, task, words = summary["student"], self.trainer.task, []
         if student["linear_probe_accuracy"] is not None:
-            words = f"linear probe accuracy {student['linear_probe_accuracy']:.1%}"
-        if "accuracy" in student:
-            words += f", accuracy of its own head {student['accuracy']:.1%}"
+            words.append(f"linear probe accuracy {student['linear_probe_accuracy']:.1%}")
+        if task is not None:
+            own = metric_words(task, student["metrics"])
+            words.append(f"its own head: {own}" if words else own)
+        left = ["summary.json", "summary.png", *(["predictions.png"] if task is not None else [])]
+        left += ["student.safetensors", "metrics.jsonl"]
         lines = {
-            "student": words,
+            "student": "; ".join(words) or "no labels to probe it with",
             "speed": f"{summary['decisions_per_second']:,.0f} images/s, {summary['seconds']:.0f} s",
-            "run": f"{folder}  (summary.json, summary.png, student.safetensors, metrics.jsonl)",
+            "run": f"{folder}  ({', '.join(left)})",
             "curves": f"tensorboard --logdir {shlex.quote(str(folder.parent))}",
             "again": again,
         }

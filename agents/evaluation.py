@@ -257,6 +257,12 @@ class Embedder(Protocol):
     def embed(self, images: Tensor, student: Any = None) -> tuple[Tensor, Tensor]: ...
 
 
+class Predictor(Embedder, Protocol):
+    """Whatever trains a student with a head."""
+
+    def outputs(self, images: Tensor, student: Any = None) -> Any: ...
+
+
 def linear_probe_accuracy(trainer: Embedder, train_images: int) -> float:
     """Held-out accuracy of a logistic regression on the student's frozen features.
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from agents.command_line import script_of
-from agents.evaluation import Evaluation, linear_probe_accuracy
+from agents.evaluation import Evaluation, Predictor, linear_probe_accuracy
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
 from repfusion_env.layer_names import short_names
@@ -19,7 +19,6 @@ from repfusion_env.metric_names import metric_name
 from repfusion_env.prediction_figure import draw_predictions, prediction_figure
 from repfusion_env.runs import Run, writing
 from repfusion_env.tasks import Task
-from repfusion_env.trainer import DistillationTrainer
 
 # More arms than this are too many lines for a table, which then shows the best.
 MOST_ARMS, BEST_ARMS = 50, 10
@@ -123,18 +122,24 @@ def log_evaluation(
     noun = found.noun.replace(", ", "_and_")
     figures = {f"evaluation/reward_by_{noun}": figure}
     figures["evaluation/predictions"] = predictions_of(
-        env.trainer, f"after {decisions:,} decisions"
+        env.trainer, env.trainer.task, f"after {decisions:,} decisions"
     )
     run.log(step, decisions, tags, figures=figures)
 
 
-def predictions_of(trainer: DistillationTrainer, title: str) -> Figure:
+def predictions_of(trainer: Predictor, task: Task, title: str) -> Figure:
     """A few held-out images, with what the student that evaluation sees says of them."""
     student = trainer.evaluation_student
     shown = draw_predictions(
-        trainer.task, lambda images: trainer.outputs(images, student), trainer.parts.heldout
+        task, lambda images: trainer.outputs(images, student), trainer.parts.heldout
     )
     return prediction_figure(shown, title)
+
+
+def predictions_title(run: Run, task: Task, metrics: Mapping[str, float], images: int) -> str:
+    """Which run it is, and what its student is worth."""
+    worth = {task.headline: metrics.get(task.headline, math.nan)}
+    return f"{run.folder.name}: {metric_words(task, worth)} on {images:,} held-out images"
 
 
 def metric_words(task: Task, metrics: Mapping[str, float]) -> str:
@@ -188,12 +193,9 @@ def _draw(run: Run, env: RepFusionVectorEnv, found: Evaluation, decisions: int) 
     )
     with writing(run.folder):
         save_figure(figure, run.figure_path)
-    heldout = len(env.trainer.parts.heldout)
-    headline = env.trainer.task.headline
-    worth = {headline: found.metrics.get(headline, math.nan)}
-    words = metric_words(env.trainer.task, worth)
-    title = f"{run.folder.name}: {words} on {heldout:,} held-out images"
-    drawn = predictions_of(env.trainer, title)
+    trainer = env.trainer
+    title = predictions_title(run, trainer.task, found.metrics, len(trainer.parts.heldout))
+    drawn = predictions_of(trainer, trainer.task, title)
     with writing(run.folder):
         save_figure(drawn, run.folder / "predictions.png")
 

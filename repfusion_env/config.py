@@ -247,6 +247,12 @@ class DetectionConfig:
         "fcos", "torchvision's detector on the student's maps: fcos, retinanet, ssdlite"
     )
     width: Count = option(64, "channels of the feature pyramid")
+    convs: Count = option(4, "hidden convolutions of fcos and retinanet; ssdlite has its one")
+    stride: Count | None = option(
+        None,
+        "image pixels between the positions of the finest grid; default: 4 up to 64-pixel images, "
+        "8 in larger ones",
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ DATA_ON_DISK = (
 DATA_OF_SQUARES = frozenset({"wflw", "pts", "coco", "voc"})
 DATA_WITH_SUBSETS = frozenset({"wflw", "pts"})
 
+# Tasks of the project whose heads read maps.
+DENSE_TASKS = ("segmentation", "landmarks", "detection")
+
 
 def conflicts(config: ExperimentConfig) -> list[str]:
     """One sentence for each impossible value or combination, each headed by its dotted path."""
@@ -26,6 +29,7 @@ def conflicts(config: ExperimentConfig) -> list[str]:
         *_unknown_names(config),
         *_observation_conflicts(config),
         *_distillation_conflicts(config),
+        *_task_conflicts(config),
         *_grid_conflicts(config.timesteps),
         *_run_conflicts(config),
         *contrastive_rules.conflicts(config),
@@ -100,6 +104,23 @@ def _distillation_conflicts(config: ExperimentConfig) -> list[str]:
             f"distillation.losses: on pooled features {' and '.join(alone)} compare a lane with "
             "the others, so with env.num_envs 1 the look-ahead has nothing to compare; give more "
             "lanes, another loss beside it, or distillation.dense true"
+        )
+    return found
+
+
+def _task_conflicts(config: ExperimentConfig) -> list[str]:
+    found: list[str] = []
+    if config.task not in DENSE_TASKS:
+        return found
+    if not config.distillation.dense:
+        found.append(
+            f"distillation.dense: task '{config.task}' reads feature maps, so they are matched "
+            "position by position; give distillation.dense true"
+        )
+    if config.data.labels == "clusters":
+        found.append(
+            f"data.labels: clusters are labels of whole images, which task '{config.task}' does "
+            "not learn from; give data.labels given"
         )
     return found
 

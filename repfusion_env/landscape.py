@@ -112,9 +112,9 @@ def _run(arguments: list[str]) -> int:
     config, name = _config(chosen, given)
     if config.task in ANNOTATIONS:
         raise ValueError(
-            f"task: '{config.task}' given, but a landscape tells classes of whole images apart; give "
-            "--task classification where the images have labels, or compare fixed timesteps by "
-            "python -m agents.compare --arms fixed"
+            f"task: '{config.task}' given, but a landscape tells classes of whole images apart; "
+            "give --task classification where the images have labels, or compare fixed timesteps "
+            "by python -m agents.compare --arms fixed"
         )
     settings = LandscapeSettings(
         layers=tuple(chosen.layers),

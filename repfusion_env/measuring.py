@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repfusion_env.config import RewardConfig
 from repfusion_env.features import resized
+from repfusion_env.fusion import Targets
 from repfusion_env.losses import DistillationLoss, FeatureShape
-from repfusion_env.student import Student
+from repfusion_env.rewards import Measurement
+from repfusion_env.student import Student, task_input
+from repfusion_env.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,75 @@ def layer_losses(
     stacked = torch.stack(losses, dim=1)  # (B, L)
     # A layer that was not chosen counts for nothing even where it is not finite.
     return torch.where(weights > 0, stacked * weights, 0.0).sum(1)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Gathers what a reward rule asks for.
+
+    Attributes:
+        task: Whose head judges moved features.
+        loss: The configured distillation loss.
+        config: Of the reward.
+        dense: Whether maps are matched.
+    """
+
+    task: Task
+    loss: DistillationLoss
+    config: RewardConfig
+    dense: bool
+
+    def __call__(
+        self,
+        student: Student,
+        maps: Sequence[Tensor] | None,
+        teacher: list[Tensor],
+        targets: Targets,
+        answers: Tensor,
+        ids: Tensor | None,
+        *,
+        loss_before: Tensor,
+        loss_after: Tensor | None,
+        probe_loss: Tensor | None,
+    ) -> Measurement:
+        """One step's outcome for N lanes.
+
+        Args:
+            student: As it is after the update.
+            maps: Its maps in inference mode, shallow to deep; None where no rule needs them.
+            teacher: Targets per layer, at the resolution at which they are matched.
+            targets: Weights and chosen layers.
+            answers: The task's targets, N rows.
+            ids: (N,) images of the training bank; None for others.
+            loss_before: See :class:`Measurement`, as the next two.
+            loss_after: (N,) or None.
+            probe_loss: (N,) or None.
+        """
+        kept = [] if maps is None else list(maps)
+        features = None
+        if kept:
+            features = moved_features(student, kept, kept[-1].mean((2, 3)), self.dense)
+
+        def task_losses(moved: list[Tensor]) -> Tensor:
+            together = put_back(student, moved, kept)
+            return self.task.losses(student.head(*task_input(self.task, together)), answers)
+
+        return Measurement(
+            student=features,
+            teacher=teacher,
+            project=lambda moved: projected(student, moved, kept, self.dense),
+            jacobians=student.projections.jacobians(),
+            sources=student.projections.sources,
+            loss=self.loss,
+            task_losses=task_losses,
+            loss_before=loss_before,
+            loss_after=loss_after,
+            probe_loss=probe_loss,
+            config=self.config,
+            ids=ids,
+            weights=targets.weights,
+            chosen=targets.chosen,
+        )
 
 
 def finite_reward(reward: Tensor, loss: Tensor) -> Tensor:

@@ -31,17 +31,25 @@ class Progress:
         unit: What is counted, plural.
         description: What the loop does, a word or two.
         initial: Units that an earlier process did already; they do not count for the rate.
+        started: When the loop began, by the monotonic clock; None: when the block is entered.
     """
 
     _shown = False  # whether one is on the screen
 
     def __init__(
-        self, total: int, unit: str = "decisions", *, description: str, initial: int = 0
+        self,
+        total: int,
+        unit: str = "decisions",
+        *,
+        description: str,
+        initial: int = 0,
+        started: float | None = None,
     ) -> None:
         self.total = total
         self.unit = unit
         self.description = description
         self._initial = self._completed = initial
+        self._began = started
         self._figures: dict[str, float] = {}
         self._bar: RichProgress | None = None
         self._start = self._last_line = time.monotonic()
@@ -49,7 +57,8 @@ class Progress:
         self._silent = False
 
     def __enter__(self) -> Progress:
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._start = self._last_line if self._began is None else self._began
         self._silent = Progress._shown
         if self._silent:
             return self
@@ -83,7 +92,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second since the block was entered."""
+        """Units per second since the loop began."""
         return (self._completed - self._initial) / max(time.monotonic() - self._start, 1e-9)
 
     def line(self) -> str:
@@ -126,8 +135,9 @@ def watched(pieces: Iterable[T], total: int, *, description: str, unit: str) -> 
             if progress is not None:
                 progress.update(done)
             elif time.monotonic() - started >= PATIENCE_SECONDS and done < total:
-                progress = Progress(total, unit, description=description, initial=done)
+                progress = Progress(total, unit, description=description, started=started)
                 stack.enter_context(progress)
+                progress.update(done)
 
 
 def _speed(value: float) -> str:

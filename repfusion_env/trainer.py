@@ -6,7 +6,7 @@ width of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from repfusion_env.frozen import FrozenParts
 from repfusion_env.fusion import Fusion, Targets, probe_input
 from repfusion_env.losses import DistillationLoss
 from repfusion_env.measuring import (
+    Measuring,
     StepResult,
     finite_reward,
     layer_losses,
@@ -31,11 +32,10 @@ from repfusion_env.measuring import (
     moved_features,
     on_student_grid,
     projected,
-    put_back,
 )
 from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.recent import RecentDecisions
-from repfusion_env.rewards import Measurement, RewardRule
+from repfusion_env.rewards import RewardRule
 from repfusion_env.student import Student, task_input
 from repfusion_env.tasks.build import build_task
 from repfusion_env.tasks.measuring import measure
@@ -87,6 +87,7 @@ class DistillationTrainer:
         shapes = loss_shapes(self.student, parts.features.widths, self.dense, len(parts.train))
         with own_randomness(derive_seed(seed, "loss")):
             self.loss = DistillationLoss(config.distillation, shapes).to(self.device)
+        self._measured = Measuring(self.task, self.loss, config.reward, self.dense)
         self._loss_learns = any(True for _ in self.loss.parameters())
         self.fusion = Fusion(
             config,
@@ -199,7 +200,7 @@ class DistillationTrainer:
 
             with torch.no_grad():
                 after, after_losses = self._measure_after(images[:lanes], answers[:lanes])
-                measured = self._measurement(
+                measured = self._measured(
                     self.student,
                     after,
                     [z[:lanes] for z in teacher],
@@ -247,7 +248,7 @@ class DistillationTrainer:
         known = ids if bank is self.parts.train else None
         self.loss.eval()
         with own_randomness(derive_seed(self.config.seed, "judge"), self.device):
-            measured = self._measurement(
+            measured = self._measured(
                 student,
                 maps,
                 teacher,
@@ -411,45 +412,6 @@ class DistillationTrainer:
         maps = self._maps(images, self.student)
         self.loss.eval()
         return maps, self.task.losses(self.student.head(*task_input(self.task, maps)), answers)
-
-    def _measurement(
-        self,
-        student: Student,
-        maps: Sequence[Tensor] | None,
-        teacher: list[Tensor],
-        targets: Targets,
-        answers: Tensor,
-        ids: Tensor | None,
-        *,
-        loss_before: Tensor,
-        loss_after: Tensor | None,
-        probe_loss: Tensor | None,
-    ) -> Measurement:
-        maps = [] if maps is None else list(maps)
-        features = None
-        if maps:
-            features = moved_features(student, maps, maps[-1].mean((2, 3)), self.dense)
-
-        def task_losses(moved: list[Tensor]) -> Tensor:
-            together = put_back(student, moved, maps)
-            return self.task.losses(student.head(*task_input(self.task, together)), answers)
-
-        return Measurement(
-            student=features,
-            teacher=teacher,
-            project=lambda moved: projected(student, moved, maps, self.dense),
-            jacobians=student.projections.jacobians(),
-            sources=student.projections.sources,
-            loss=self.loss,
-            task_losses=task_losses,
-            loss_before=loss_before,
-            loss_after=loss_after,
-            probe_loss=probe_loss,
-            config=self.config.reward,
-            ids=ids,
-            weights=targets.weights,
-            chosen=targets.chosen,
-        )
 
     def _count(self, result: StepResult) -> None:
         self.metrics.add("reward/mean", result.reward)

@@ -21,7 +21,7 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegres
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 Shape = tuple[int, int, int]
@@ -65,6 +65,7 @@ class Detector(nn.Module):
         classes: K, without the background.
         kind: One of :data:`HEADS`.
         width: D.
+        convs: Hidden convolutions of ``fcos`` and ``retinanet``; published: 4.
         stride: Pixels between the positions of the finest grid; None: 4 in images of up to 64
             pixels, 8 in larger ones. There are at least 8 of them along the image's side.
 
@@ -84,6 +85,7 @@ class Detector(nn.Module):
         classes: int,
         kind: str = "fcos",
         width: int = 64,
+        convs: int = 4,
         stride: int | None = None,
     ) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ class Detector(nn.Module):
         for level in range(len(self.grids), len(self.sources)):
             self.pyramid.layer_blocks[level] = nn.Identity()
         strides = [(image_size[0] / rows, image_size[1] / columns) for rows, columns in self.grids]
-        self.head, anchors = HEADS[kind](self.grids, strides, image_size, classes, width)
+        self.head, anchors = HEADS[kind](self.grids, strides, image_size, classes, width, convs)
         self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, *maps: Tensor) -> dict[str, Tensor]:
@@ -133,14 +135,13 @@ class Detector(nn.Module):
 
 
 class FCOSHeads(nn.Module):
-    """torchvision's two FCOS heads, of any width."""
+    """torchvision's two FCOS heads, of any width and depth."""
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, convs: int) -> None:
         super().__init__()
-        self.classification_head = FCOSClassificationHead(
-            width, 1, classes, norm_layer=group_norm(width)
-        )
-        self.regression_head = FCOSRegressionHead(width, 1, norm_layer=group_norm(width))
+        norm = group_norm(width)
+        self.classification_head = FCOSClassificationHead(width, 1, classes, convs, norm_layer=norm)
+        self.regression_head = FCOSRegressionHead(width, 1, convs, norm_layer=norm)
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
         """Maps of all grids (N, D, H, W) to logits, boxes and centerness (N, A, ...)."""
@@ -160,6 +161,7 @@ def _fcos(
     image_size: Size,
     classes: int,
     width: int,
+    convs: int,
 ) -> tuple[nn.Module, Tensor]:
     """The heads, and one square of a cell's size for each position."""
     levels = []
@@ -169,7 +171,7 @@ def _fcos(
         centre = torch.cartesian_prod(y, x).flip(1)
         half = torch.tensor([wide, high]) / 2
         levels.append(torch.cat([centre - half, centre + half], dim=1))
-    return FCOSHeads(width, classes), torch.cat(levels)
+    return FCOSHeads(width, classes, convs), torch.cat(levels)
 
 
 def _retinanet(
@@ -178,6 +180,7 @@ def _retinanet(
     image_size: Size,
     classes: int,
     width: int,
+    convs: int,
 ) -> tuple[nn.Module, Tensor]:
     """The head, and nine anchors around the centre of each cell."""
     sizes = tuple(
@@ -193,7 +196,12 @@ def _retinanet(
         for boxes, (high, wide) in zip(corners, strides, strict=True)
     ]
     per_cell = generator.num_anchors_per_location()[0]
-    head = RetinaNetHead(width, per_cell, classes, norm_layer=group_norm(width))
+    norm = group_norm(width)
+    head = RetinaNetHead(width, per_cell, classes, norm_layer=norm)
+    # The library's head has four hidden convolutions and cannot be asked for another number.
+    for part in (head.classification_head, head.regression_head):
+        more = [Conv2dNormActivation(width, width, norm_layer=norm) for _ in range(convs - 4)]
+        part.conv = nn.Sequential(*part.conv[:convs], *more)
     return head, torch.cat(anchors)
 
 
@@ -203,6 +211,7 @@ def _ssdlite(
     image_size: Size,
     classes: int,
     width: int,
+    convs: int,
 ) -> tuple[nn.Module, Tensor]:
     """The head, and six default boxes around the centre of each cell."""
     side = math.sqrt(image_size[0] * image_size[1])

@@ -44,9 +44,9 @@ def dilate(backbone: Backbone, name: str, in_channels: int, output_stride: int) 
         ValueError: The network does not run without its strides, or not at the resolution asked
             for.
     """
-    for seen in _strided_layers(backbone, in_channels):
-        _spread(seen, output_stride)
     try:
+        for seen in _strided_layers(backbone, in_channels):
+            _spread(seen, output_stride)
         maps: dict[str, Tensor] = probe(backbone, in_channels, REFERENCE_SIZE)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

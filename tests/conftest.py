@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,39 @@ def tiny(tiny_teacher: str) -> dict[str, Any]:
         "optimizer": {"batch_size": 8},
         "run": {"decisions": 400},
     }
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An .npz bank, 48 images to train on and 16 held out: on black one rectangle, bright or dim.
+
+    Known are its pixels' class, its corner pixels (clockwise from the upper left one) and its box.
+    """
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        "mask_classes": np.array(["ground", "bright", "dim"]),
+        "box_classes": np.array(["bright", "dim"]),
+        "mirror": np.array([1, 0, 3, 2]),
+    }
+    for part, count in (("train", 48), ("test", 16)):
+        dim = random.integers(2, size=count)
+        left, top = random.integers(0, 7, size=(2, count))
+        right, bottom = left + random.integers(5, 10, size=count), top + random.integers(5, 10)
+        rows, columns = np.mgrid[:16, :16]
+        inside = (columns >= left[:, None, None]) & (columns < right[:, None, None])
+        inside &= (rows >= top[:, None, None]) & (rows < bottom[:, None, None])
+        corners = [(left, top), (right - 1, top), (right - 1, bottom - 1), (left, bottom - 1)]
+        arrays |= {
+            f"{part}_images": (inside * np.where(dim, 110, 255)[:, None, None]).astype(np.uint8),
+            f"{part}_masks": (inside * (1 + dim)[:, None, None]).astype(np.uint8),
+            f"{part}_keypoints": np.stack([np.stack(xy, 1) for xy in corners], 1).astype("f4"),
+            f"{part}_boxes": (np.stack([left, top, right, bottom], 1) / 16).astype("f4"),
+            f"{part}_box_labels": dim,
+            f"{part}_box_image": np.arange(count),
+        }
+    path = tmp_path_factory.mktemp("squares") / "squares.npz"
+    np.savez(path, **arrays)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,11 @@ from repfusion_env.config_rules import conflicts
 
 CONFLICTS = [
     ({"task": "clasification"}, "task: unknown task 'clasification'. Did you mean 'classifi"),
+    ({"task": "segmentation"}, "distillation.dense: task 'segmentation' reads feature maps"),
+    (
+        {"task": "landmarks", "distillation.dense": True, "data.labels": "clusters"},
+        "data.labels: clusters are labels of whole images, which task 'landmarks'",
+    ),
     ({"data": "digit"}, "data.name: unknown data set 'digit'. Did you mean 'digits'?"),
     ({"data": "npz"}, "data.path: data.name 'npz' needs a path"),
     ({"data": "cifar10"}, "data.path: data.name 'cifar10' needs a path"),

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.lane_view import LATENT_STRENGTH, as_pictures
+from repfusion_env.rendering import DENSE_HEIGHT, SECOND_TOP, TILE_LEFTS, TILE_SIDE, WIDTH
 
 
 def strength(values: np.ndarray) -> float:
@@ -56,3 +61,28 @@ def test_values_that_cannot_be_drawn_do_not_stop_a_frame():
         empty = np.zeros((channels, 4, 4))
         broken = np.full((1, channels, 4, 4), np.nan)
         assert not as_pictures(broken, empty, np.zeros((1, 4, 4))).any()
+
+
+@pytest.mark.parametrize("task", ["segmentation", "landmarks", "detection"])
+def test_a_dense_frame_draws_the_targets_and_what_the_student_says_now(
+    task: str, tiny: dict[str, Any], squares: str
+):
+    data = {"name": "npz", "path": squares}
+    over = {"task": task, "data": data, "distillation.dense": True, "env.num_envs": 2}
+    env = RepFusionVectorEnv(config={**tiny, **over}, render_mode="rgb_array")
+    env.reset(seed=0)
+    before = env.frame(1)
+    env.step(torch.tensor([0, 3]))
+    pixels = env.frame(1)
+    assert before.shape == pixels.shape == (DENSE_HEIGHT, WIDTH, 3)
+    assert env._last is not None
+    trainer, bank, ids = env.trainer, env.bank, env._last.ids[1:]
+    targets = trainer.task.targets(bank, ids)
+    said = trainer.task.predict(trainer.outputs(bank.pixels(ids)))[0]
+    if task == "landmarks":
+        assert targets[0, :, 2].all()  # all of them are to be seen
+    image = bank.images[ids[0]].permute(1, 2, 0).repeat(1, 1, 3).numpy()
+    for left, answer in zip(TILE_LEFTS, (targets[0], said), strict=False):
+        shown = pixels[SECOND_TOP : SECOND_TOP + TILE_SIDE, left : left + TILE_SIDE]
+        np.testing.assert_array_equal(shown, trainer.task.draw(image, answer, TILE_SIDE))
+        assert (shown != before[SECOND_TOP : SECOND_TOP + TILE_SIDE, left : left + TILE_SIDE]).any()

@@ -94,21 +94,35 @@ import time
 from repfusion_env import progress
 progress.PLAIN_LINE_SECONDS, progress.PATIENCE_SECONDS = 0.0, {patience}
 with {outer}:
+    pause = iter({pauses})
     for piece in progress.watched(["abc"] * 4, 12, description="evaluate", unit="images"):
-        time.sleep(0.05)
+        time.sleep(next(pause))
 """
+EVEN = [0.05] * 4
 
 
 def test_slow_work_is_watched_and_quick_work_is_not() -> None:
-    lines = run_plain(0, SLOW.format(patience=0.06, outer="progress.ExitStack()"))
+    alone = "progress.ExitStack()"
+    lines = run_plain(0, SLOW.format(patience=0.06, outer=alone, pauses=EVEN))
     # Two pieces of three go by before it is slow.
-    assert [line.split(" images, ")[0] for line in lines] == ["evaluate: 9/12", "evaluate: 12/12"]
-    assert re.search(r"evaluate: 9/12 images, \d\d/s, 0:00:00 elapsed, 0:00:00 left", lines[0])
-    assert run_plain(0, SLOW.format(patience=10, outer="progress.ExitStack()")) == []
+    counts = [line.split(" images, ")[0] for line in lines]
+    assert counts == ["evaluate: 6/12", "evaluate: 9/12", "evaluate: 12/12"]
+    assert re.search(r"evaluate: 9/12 images, \d\d/s, 0:00:00 elapsed, 0:00:00 left", lines[1])
+    assert run_plain(0, SLOW.format(patience=10, outer=alone, pauses=EVEN)) == []
+
+
+def test_the_rate_counts_the_time_before_the_bar_is_shown() -> None:
+    # All is nearly done when it shows: what comes then at once says nothing of the speed.
+    code = SLOW.format(patience=0.06, outer="progress.ExitStack()", pauses=[0.5, 0.5, 0, 0])
+    found = re.fullmatch(
+        r"evaluate: 12/12 images, ([\d,.]+)/s, 0:00:01 elapsed", run_plain(0, code)[-1]
+    )
+    assert found is not None
+    assert float(found[1]) <= 12
 
 
 def test_a_bar_inside_another_is_silent() -> None:
     outer = 'progress.Progress(1, "runs", description="outer")'
-    assert run_plain(0, SLOW.format(patience=0.06, outer=outer)) == [
+    assert run_plain(0, SLOW.format(patience=0.06, outer=outer, pauses=EVEN)) == [
         "outer: 0/1 runs, 0.0/s, 0:00:00 elapsed"
     ]

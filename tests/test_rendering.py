@@ -16,6 +16,7 @@ from repfusion_env.rendering import (
     CHART_HEIGHT,
     CHART_LEFT,
     CHART_WIDTH,
+    SECOND_TOP,
     TILE_LEFTS,
     TILE_SIDE,
     TILE_TOP,
@@ -191,6 +192,53 @@ def test_a_right_prediction_is_green_and_a_wrong_one_red() -> None:
         [count_pixels(p, color) > 0 for color in (GREEN, RED)] for p in (right, wrong, unknown)
     ]
     assert found == [[True, False], [False, True], [False, False]]
+
+
+def dense_frame(steps: int = 40) -> Frame:
+    rng = np.random.default_rng(1)
+    truth, answer = rng.integers(0, 256, (2, TILE_SIDE, TILE_SIDE, 3), dtype=np.uint8)
+    return replace(
+        frame_after(steps),
+        dense=True,
+        label=None,
+        prediction=None,
+        truth=truth,
+        answer=answer,
+        score=0.873,
+        score_name="pixel_accuracy",
+    )
+
+
+def second_row(pixels: np.ndarray, index: int) -> np.ndarray:
+    left = TILE_LEFTS[index]
+    return pixels[SECOND_TOP : SECOND_TOP + TILE_SIDE, left : left + TILE_SIDE]
+
+
+def test_a_dense_frame_shows_truth_and_answer_below_the_three_tiles_of_all_frames() -> None:
+    frame = dense_frame()
+    pixels, flat = draw_frame(frame), draw_frame(frame_after(40))
+    assert pixels.shape == (656, 1120, 3)
+    np.testing.assert_array_equal(second_row(pixels, 0), frame.truth)
+    np.testing.assert_array_equal(second_row(pixels, 1), frame.answer)
+    for index in range(3):
+        np.testing.assert_array_equal(tile(pixels, index), tile(flat, index))
+    # Before the first decision there is nothing to say.
+    empty = draw_frame(Frame(grid=GRID, dense=True))
+    assert empty.shape == pixels.shape
+    assert np.unique(second_row(empty, 0)).size == np.unique(second_row(empty, 1)).size == 1
+
+
+def test_a_dense_frame_tells_how_much_is_solved_and_what_that_means() -> None:
+    frame = dense_frame()
+    pixels = draw_frame(frame)
+    values = slice(SECOND_TOP, SECOND_TOP + TILE_SIDE), slice(TILE_LEFTS[2], TILE_LEFTS[2] + 244)
+    for changed in (replace(frame, score=0.1), replace(frame, score_name="objects found")):
+        assert (draw_frame(changed)[values] != pixels[values]).any()
+
+
+def test_a_frame_of_the_other_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="the frame is dense, the renderer is the opposite"):
+        Renderer(GRID).draw(Frame(grid=GRID, dense=True))
 
 
 def test_a_frame_over_another_grid_is_refused() -> None:

@@ -62,7 +62,8 @@ def _facts(summary: Summary) -> str:
         + (f" and a sweep over {_count(len(summary.sweep), 'timestep')}" if summary.sweep else "")
         + f", {seeds} {'seed' if seeds == '1' else 'seeds'}, {plan.config.run.decisions:,} "
         "decisions (images seen) for each run",
-        f"- {'labels' if _classes(summary) else 'labelled images'} in stage 2: {', '.join(map(label_name, plan.labels))}; {_subsets(summary)}; "
+        f"- {'labels' if _classes(summary) else 'labelled images'} in stage 2: "
+        f"{', '.join(map(label_name, plan.labels))}; {_subsets(summary)}; "
         f"{budget}",
         "- cells: interquartile mean over seeds [95 % percentile bootstrap interval]; "
         f"{_what(summary)}",

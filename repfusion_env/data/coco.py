@@ -20,7 +20,7 @@ from repfusion_env.data.bank import ImageBank
 from repfusion_env.data.folder import existing_folder, some
 from repfusion_env.data.objects import Scene, banks
 from repfusion_env.data.splits import permutation, split
-from repfusion_env.data.squares import asked_size, inside
+from repfusion_env.data.squares import asked_size, inside, is_there
 from repfusion_env.registry import did_you_mean
 
 HELDOUT_PARTS = ("val", "test")
@@ -265,7 +265,7 @@ def _image(source: Source, name: str, where: str) -> Path:
     folders = [folder for folder in source.folders if folder.is_dir()]
     for folder in folders:
         path = inside(folder, name, where)
-        if path.is_file():
+        if is_there(path):
             return path
     looked = f"'{(folders or list(source.folders))[0]}'"
     raise ValueError(f"data.path: {looked} lacks the image '{name}' that '{source.path}' lists")

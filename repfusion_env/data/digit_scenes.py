@@ -9,6 +9,8 @@ Shape letters: M scenes.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -40,6 +42,12 @@ def load(config: DataConfig) -> tuple[ImageBank, ImageBank]:
     keypoints are five of each digit (:data:`POINTS`), from the left digit to the right one, and
     invisible where there are fewer digits.
     """
+    return _both()
+
+
+@lru_cache(maxsize=1)
+def _both() -> tuple[ImageBank, ImageBank]:
+    # Drawn once in a process: a second takes as long as a whole test of a small environment.
     digits = load_digits()
     images, labels = digits.images.astype(np.float32) / 16.0, digits.target
     parts = split(len(images), train=TRAIN_IMAGES)

@@ -75,10 +75,18 @@ def opened(path: Path) -> Image.Image:
     Raises:
         ValueError: There is no such file, or it is no image.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise ValueError(f"data.path: there is no image '{path}'")
     with sentences(f"'{path}'"):
         return Image.open(BytesIO(path.read_bytes()))
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; names that no file can have are those of none."""
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
 
 
 def cut(image: Image.Image, square: Square, side: int, channels: int) -> Tensor:

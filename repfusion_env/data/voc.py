@@ -17,7 +17,7 @@ from repfusion_env.data.folder import class_folders, existing_folder, visible_fi
 from repfusion_env.data.objects import Scene, banks
 from repfusion_env.data.safe_xml import read_xml
 from repfusion_env.data.splits import permutation, split
-from repfusion_env.data.squares import asked_size
+from repfusion_env.data.squares import asked_size, is_there
 from repfusion_env.registry import did_you_mean
 
 ANNOTATIONS, IMAGES, SETS = "Annotations", "JPEGImages", "ImageSets/Main"
@@ -74,7 +74,7 @@ def _listed(years: list[Path]) -> tuple[list[Path], list[Path]]:
     """Annotation files for training and held out, in a fixed random order."""
     tests = {year: _names(year, "test") for year in years}
     # The test lists of 2008 to 2012 came without annotations.
-    tests = {year: names for year, names in tests.items() if names and names[0].is_file()}
+    tests = {year: names for year, names in tests.items() if names and is_there(names[0])}
     train: list[Path] = []
     heldout: list[Path] = []
     for year in years:

@@ -64,8 +64,16 @@ class DetectionTask:
         """The configured detector on maps of these shapes; it has its own hidden layers."""
         from students.detection import Detector
 
-        kind, width = self.config.head, self.config.width
-        return Detector(shapes, self.size, len(self.classes), kind, width)
+        config = self.config
+        return Detector(
+            shapes,
+            self.size,
+            len(self.classes),
+            config.head,
+            width=config.width,
+            convs=config.convs,
+            stride=config.stride,
+        )
 
     def targets(self, bank: ImageBank, ids: Tensor) -> Tensor:
         """Boxes and labels of the images ``ids``, float32 (B, G, 5)."""

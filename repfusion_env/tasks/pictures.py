@@ -185,11 +185,12 @@ def draw_boxes(
         rows = rows[rows[:, 5] >= least]
         # The surest is drawn last, over the others.
         rows = rows[rows[:, 5].argsort()][-MOST_BOXES:]
-    corners = torch.tensor([place.of_box(*row[:4]) for row in rows.tolist()]).reshape(-1, 4)
-    drawable = ((corners[:, 2:] - corners[:, :2]) >= 0).all(1)
-    rows, corners = rows[drawable], corners[drawable]
+    height, wide = image.shape[:2]
+    rows[:, :4] = rows[:, :4].clamp_min(0).minimum(torch.tensor([wide, height, wide, height]))
+    rows = rows[(rows[:, 2:4] > rows[:, :2]).all(1)]
     if not len(rows):
         return picture
+    corners = torch.tensor([place.of_box(*row[:4]) for row in rows.tolist()])
     palette, names, colors, texts = class_colors(classes), [], [], []
     for row, corner in zip(rows.tolist(), corners.tolist(), strict=True):
         color = palette[int(row[4])] or (128, 128, 128)
@@ -244,10 +245,10 @@ class _Place:
         return self.left + (x + 0.5) * self.scale, self.top + (y + 0.5) * self.scale
 
     def of_box(self, left: float, top: float, right: float, bottom: float) -> list[int]:
-        """The first and last row and column of a box in the picture, cut at the image's edge."""
-        x = [round(min(max(v * self.scale, 0), self.width)) for v in (left, right)]
-        y = [round(min(max(v * self.scale, 0), self.height)) for v in (top, bottom)]
-        return [self.left + x[0], self.top + y[0], self.left + x[1] - 1, self.top + y[1] - 1]
+        """A box's first and last column and row in the picture, at least one of each."""
+        first = self.left + round(left * self.scale), self.top + round(top * self.scale)
+        last = self.left + round(right * self.scale) - 1, self.top + round(bottom * self.scale) - 1
+        return [*first, max(first[0], last[0]), max(first[1], last[1])]
 
 
 @lru_cache(maxsize=1)

@@ -65,7 +65,7 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         metavar="LAYER",
-        help="module paths of the teacher (default: four blocks of its later half)",
+        help="module paths of the teacher (default: up to five blocks of its later half)",
     )
     for name, least, text in (
         ("images", 1, "labelled training images"),

@@ -37,3 +37,23 @@ def logged() -> Callable[[Path], list[dict[str, Any]]]:
         ]
 
     return read
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons run their jobs here, as starting others takes longer than all of them."""
+    from agents.comparison import progress
+    from agents.comparison.workers import DONE, FAILED, STOPPED, Outcome, Stop
+
+    def here(work: Callable[[Any], Any], jobs: Any, workers: int, *, started: Any) -> Any:
+        for job in jobs:
+            started(job)
+            try:
+                yield Outcome(job, DONE, work(job))
+            except Stop:
+                yield Outcome(job, STOPPED, None)
+                return
+            except Exception as error:
+                yield Outcome(job, FAILED, str(error))
+
+    monkeypatch.setattr(progress, "run_jobs", here)

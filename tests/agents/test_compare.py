@@ -309,25 +309,9 @@ def test_an_interruption_stops_running_jobs_and_starts_no_others() -> None:
 def test_a_comparison_runs_reports_failures_and_goes_on_where_it_was(
     tmp_path: Path,
     experiment: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    in_this_process: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, as starting others takes longer than all the runs."""
-    from agents.comparison import progress
-    from agents.comparison.workers import Outcome, Stop
-
-    def here(work: Callable[[Any], Any], jobs: Any, workers: int, *, started: Any) -> Any:
-        for job in jobs:
-            started(job)
-            try:
-                yield Outcome(job, DONE, work(job))
-            except Stop:
-                yield Outcome(job, STOPPED, None)
-                return
-            except Exception as error:
-                yield Outcome(job, FAILED, str(error))
-
-    monkeypatch.setattr(progress, "run_jobs", here)
     config = experiment(**{"run.decisions": 16, "evaluation.images": 8, "timesteps.count": 2})
     out = tmp_path / "out"
     arguments = ["--config", str(config), "--out", str(out), "--seeds", "1", "--jobs", "1"]

@@ -28,6 +28,14 @@ def run(experiment: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "my run"
 
 
+def own_accuracy(env: RepFusionVectorEnv) -> float:
+    """Of the student's head on all held-out images."""
+    bank, student = env.trainer.parts.heldout, env.trainer.student
+    with torch.no_grad():
+        pooled = env.trainer.embed(bank.pixels(torch.arange(len(bank))))[1]
+        return float((student.head(pooled).argmax(1) == bank.labels).float().mean())
+
+
 def test_the_summary_says_what_the_saved_student_and_policy_are_worth(run: Path):
     summary = json.loads((run / "summary.json").read_text())
     env = RepFusionVectorEnv(config=str(run / "config.yaml"))
@@ -51,6 +59,9 @@ def test_the_summary_says_what_the_saved_student_and_policy_are_worth(run: Path)
     assert list(summary["reward"]["fixed"].values()) == pytest.approx(found.by_arm, abs=1e-4)
     accuracy = linear_probe_accuracy(env.trainer, 10_000)
     assert summary["student"]["linear_probe_accuracy"] == pytest.approx(accuracy)
+    metrics = {"accuracy": own_accuracy(env)}
+    assert summary["student"]["metrics"] == pytest.approx(metrics)
+    assert summary["student"]["headline"] == "accuracy"
     assert summary["heldout_images"] == 24 and summary["decisions"] == 80
     assert summary["seconds"] > 0
     assert summary["decisions_per_second"] == pytest.approx(80 / summary["seconds"])
@@ -71,6 +82,11 @@ def test_the_table_tells_all_policies_and_where_to_look(
     best = max(summary["reward"]["fixed"].values())
     assert rows[("fixed", "(best)")] == pytest.approx(best, abs=1e-4)
     assert said.out.count("\n  fixed") == 5
+    student = summary["student"]
+    assert (
+        f"student: linear probe accuracy {student['linear_probe_accuracy']:.1%}; its own head: "
+        f"accuracy {student['metrics']['accuracy']:.1%}\n"
+    ) in said.out
     assert f"tensorboard --logdir {run.parent}\n" in said.out
     assert "Traceback" not in said.err
     # What is printed can be pasted into a shell, although the name has a space.
@@ -87,11 +103,12 @@ def test_the_run_can_be_repeated_from_its_own_configuration(
     assert logged(run.parent / "again") == logged(run)
 
 
-def test_the_figure_is_a_picture_worth_its_size(run: Path):
-    with Image.open(run / "summary.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.shape[0] > 300 and pixels.shape[1] > 600
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+def test_the_figures_are_pictures_worth_their_size(run: Path):
+    for name in ("summary.png", "predictions.png"):
+        with Image.open(run / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert pixels.shape[0] > 300 and pixels.shape[1] > 600
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
 def test_tensorboard_has_the_shared_tags_at_decisions(run: Path):
@@ -108,11 +125,62 @@ def test_tensorboard_has_the_shared_tags_at_decisions(run: Path):
         "evaluation/random_reward",
     } <= set(tags["scalars"])
     assert "timestep/histogram" in tags["histograms"]
-    assert tags["images"] == ["evaluation/reward_by_timestep"]
+    assert sorted(tags["images"]) == ["evaluation/predictions", "evaluation/reward_by_timestep"]
     assert [event.step for event in events.Scalars("reward/mean")] == [20, 40, 60, 80]
     summary = json.loads((run / "summary.json").read_text())
+    (accuracy,) = events.Scalars("evaluation/accuracy")
+    assert accuracy.value == pytest.approx(summary["student"]["metrics"]["accuracy"])
     (final,) = events.Scalars("evaluation/learned_reward")
     assert (final.step, final.value) == (80, pytest.approx(summary["reward"]["learned"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "headline", "metric"),
+    [
+        ("segmentation", "mIoU", "pixel_accuracy"),
+        ("landmarks", "NME", "failure_rate_0.1"),
+        ("detection", "mAP", "map_50"),
+    ],
+)
+def test_a_dense_run_reports_its_metric_and_shows_its_predictions(
+    task: str,
+    headline: str,
+    metric: str,
+    experiment: Callable[..., Path],
+    squares: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    data = {"name": "npz", "path": squares, "train_limit": None, "heldout_limit": None}
+    config = experiment(
+        **{
+            "task": task,
+            "data": data,
+            "distillation.dense": True,
+            "run.decisions": 16,
+            "run.log_every": 2,
+            "evaluation.images": 4,
+        }
+    )
+    assert main(["--config", str(config), "--run.name", task]) == 0
+    student = json.loads((tmp_path / task / "summary.json").read_text())["student"]
+    env = RepFusionVectorEnv(config=str(tmp_path / task / "config.yaml"))
+    weights = load_file(tmp_path / task / "student.safetensors")
+    env.trainer.student.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+    found = env.trainer.heldout_metrics()
+    # What could not be measured is null in the summary.
+    expected = {name: value for name, value in found.items() if np.isfinite(value)}
+    assert {n: v for n, v in student["metrics"].items() if v is not None} == pytest.approx(expected)
+    assert metric in student["metrics"] and student["headline"] in student["metrics"]
+    # The images came without labels.
+    assert student["linear_probe_accuracy"] is None
+    assert f"student: {headline} " in capsys.readouterr().out.replace("  ", " ")
+    with Image.open(tmp_path / task / "predictions.png") as picture:
+        assert picture.size[0] > 1000
+    frame = env.heldout_view(1, "rgb_array")
+    frame.reset(seed=0)
+    frame.step(frame.action_space.sample())
+    assert frame.frame().shape == (656, 1120, 3)
 
 
 def test_an_evaluation_is_logged_once_for_each_step(tiny: dict[str, Any], tmp_path: Path):

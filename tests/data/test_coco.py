@@ -171,6 +171,8 @@ def images(**changes: Any) -> dict[str, Any]:
         ),
         (images(file_name="../val2017/val_0.png"), r"names the image '\.\./val2017/val_0\.png'"),
         (images(file_name="/etc/a.png"), r"names the image '/etc/a\.png'; expected is a file in"),
+        (images(file_name="a" * 5000), "lacks the image 'aaa"),
+        (images(file_name="a\0.png"), "lacks the image 'a"),
         (images(file_name=None), "image 101 has no file_name"),
         (images(width=48, height=64), "was made for an image of 48x64, but .* has 64x48"),
         (images(id=None), "image 1 of its list has no id"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from students import build_backbone
@@ -27,7 +27,8 @@ def _maps(shapes: list[tuple[int, int, int]], images: int = 2, seed: int = 0) ->
     [
         (SMALL_CNN_32, 32, [8, 4]),
         (RESNET_32, 32, [8, 4]),
-        (RESNET_128, 128, [32, 16, 8, 4]),
+        # From a stride of 8 on.
+        (RESNET_128, 128, [16, 8, 4]),
         # Too coarse for objects beside each other: the finest is enlarged.
         (VIT_64, 64, [8, 4]),
         # Too fine to go over every position: averaged.
@@ -35,10 +36,13 @@ def _maps(shapes: list[tuple[int, int, int]], images: int = 2, seed: int = 0) ->
         ([(16, 8, 8)], 32, [8, 4]),
         ([(16, 1, 1)], 32, [8, 4]),
         (ENDS_FINE, 128, [16, 8, 4]),
+        (ENDS_FINE, 64, [16, 8, 4]),
         ([(16, 9, 9)], 36, [9, 5]),
     ],
 )
-def test_grids_go_from_a_stride_of_four_to_four_cells(kind, shapes, side, grids):
+def test_grids_go_start_at_a_stride_of_four_or_eight_and_end_at_four_cells(
+    kind, shapes, side, grids
+):
     detector = Detector(shapes, (side, side), 3, kind, width=16)
     assert detector.grids == [(grid, grid) for grid in grids]
     outputs = detector(*_maps(shapes))
@@ -47,6 +51,24 @@ def test_grids_go_from_a_stride_of_four_to_four_cells(kind, shapes, side, grids)
     assert outputs["cls_logits"].shape == (2, count, 4 if kind == "ssdlite" else 3)
     assert outputs["bbox_regression"].shape == outputs["anchors"].shape == (2, count, 4)
     assert ("bbox_ctrness" in outputs) == (kind == "fcos")
+
+
+def test_the_stride_can_be_chosen_as_long_as_there_are_eight_cells():
+    finest = [
+        Detector(RESNET_128, (128, 128), 2, width=16, stride=stride).grids[0][0]
+        for stride in (2, 4, 8, 16, 32)
+    ]
+    assert finest == [64, 32, 16, 8, 8]
+
+
+@pytest.mark.parametrize("kind", ["fcos", "retinanet"])
+@pytest.mark.parametrize("convs", [1, 4, 6])
+def test_a_head_has_as_many_hidden_convolutions_as_asked_for(kind, convs):
+    detector = Detector([(8, 8, 8)], (32, 32), 2, kind, width=16, convs=convs)
+    for branch in detector.head.children():
+        found = [part for part in branch.conv.modules() if isinstance(part, nn.Conv2d)]
+        assert len(found) == convs
+    assert detector(torch.zeros(1, 8, 8, 8))["cls_logits"].isfinite().all()
 
 
 def test_of_maps_of_one_size_the_deepest_is_taken():
@@ -59,7 +81,7 @@ def test_of_maps_of_one_size_the_deepest_is_taken():
 
 def test_the_cells_of_fcos_tile_the_image():
     shapes = [(8, 32, 24), (8, 16, 12), (8, 8, 6)]
-    detector = Detector(shapes, (128, 96), 2, width=16)
+    detector = Detector(shapes, (128, 96), 2, width=16, stride=4)
     assert detector.grids == [(32, 24), (16, 12), (8, 6)]
     start = 0
     for rows, columns in detector.grids:
@@ -77,7 +99,7 @@ def test_the_cells_of_fcos_tile_the_image():
 @pytest.mark.parametrize(("side", "smallest"), [(32, 8), (128, 8)])
 def test_every_square_object_has_an_anchor_that_overlaps_it_by_half(kind, side, smallest):
     shapes = SMALL_CNN_32 if side == 32 else RESNET_128
-    anchors = Detector(shapes, (side, side), 2, kind, width=16).anchors
+    anchors = Detector(shapes, (side, side), 2, kind, width=16, stride=4).anchors
     generator = torch.Generator().manual_seed(0)
     sides = smallest + (0.95 * side - smallest) * torch.rand(400, 1, generator=generator)
     corners = torch.rand(400, 2, generator=generator) * (side - sides)
@@ -128,7 +150,7 @@ def test_detectors_stand_on_real_backbones(student, side):
     backbone = build_backbone(student, in_channels=3, image_size=side)
     maps = list(backbone(torch.zeros(2, 3, side, side)).values())
     detector = Detector([tuple(found.shape[1:]) for found in maps], (side, side), 5, width=32)
-    assert detector.grids[0] == (side // 4, side // 4)
+    assert detector.grids[0] == ((8, 8) if side == 32 else (16, 16))
     assert detector(*maps)["cls_logits"].shape[0] == 2
 
 

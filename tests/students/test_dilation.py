@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from students import build_backbone, load_backbone
+from students import BACKBONES, build_backbone, load_backbone
 from students.backbone import SequentialBackbone
 from students.dilation import dilate
 from students.registry import complaint
@@ -134,6 +134,26 @@ def test_wrong_names_are_refused_before_anything_loads(name: str, sentence: str)
 def test_a_network_that_needs_its_strides_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"'timm/test_vit\+stride8' cannot be dilated to stride 8"):
         build_backbone("timm/test_vit+stride8", in_channels=3, image_size=160)
+
+
+def test_a_network_of_a_single_image_size_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tiled(SequentialBackbone):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            if images.shape[2] != 32:
+                raise AssertionError("Input height doesn't match the model.")
+            return super().forward(images)
+
+    def build(in_channels: int, image_size: int) -> SequentialBackbone:
+        return Tiled({"only": nn.Conv2d(in_channels, 4, 3, 2, 1)}, {"only": 4})
+
+    monkeypatch.setitem(BACKBONES, "tiled", build)
+    build_backbone("tiled", in_channels=3, image_size=32)
+    with pytest.raises(ValueError) as caught:
+        build_backbone("tiled+stride1", in_channels=3, image_size=32)
+    assert str(caught.value) == (
+        "Student 'tiled+stride1' cannot be dilated to stride 1: Input height doesn't match the "
+        "model."
+    )
 
 
 def test_an_exported_student_is_dilated_when_it_is_loaded(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Shape letters: B samples, P points.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,9 @@ def _random_bank(normalizer=None, side: int = 32) -> ImageBank:
 
 
 def _task(bank: ImageBank, **options: object) -> LandmarksTask:
-    return LandmarksTask(check({"landmarks": options, "task": "landmarks"}), bank)
+    return LandmarksTask(
+        check({"task": "landmarks", "landmarks": options, "distillation.dense": True}), bank
+    )
 
 
 def _peaks(predictions: Tensor, side: int = 32) -> Tensor:
@@ -237,7 +241,12 @@ def test_picture_shows_visible_points_where_they_are():
 
 def test_small_student_learns_the_points_of_digits():
     config = check(
-        {"task": "landmarks", "landmarks": {"head": "hrnet"}, "data": {"name": "digit_scenes"}}
+        {
+            "task": "landmarks",
+            "landmarks": {"head": "hrnet"},
+            "data": {"name": "digit_scenes"},
+            "distillation": {"dense": True},
+        }
     )
     bank = digit_scenes.load(config.data)[0].head(8)
     task = build_task(config, bank)
@@ -261,3 +270,21 @@ def test_small_student_learns_the_points_of_digits():
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
     assert errors[-1] < 0.3 * errors[0]
+
+
+def test_real_faces_lose_nothing_on_their_way_through_heatmaps_and_back(real_data: Path):
+    arrays = np.load(real_data / "ytfaces68_64.npz")
+    points = torch.from_numpy(arrays["test_keypoints"])[::8]
+    bank = _bank(points, torch.ones(points.shape[:2], dtype=torch.bool), (36, 45), side=64)
+    task, ids = _task(bank), torch.arange(len(points))
+    metric = task.metric()
+    # Heatmaps of 32 x 32 for images of 64 x 64.
+    outputs = _peaks((points + 0.5) / 2 - 0.5, 32)
+    targets = task.targets(bank, ids)
+    metric.update(outputs, targets)
+    found = metric.compute()
+    assert found["nme"] < 1e-4 and found["left_out"] == 0 and found["auc_0.1"] > 0.999
+    assert (task.correct(outputs, targets) == 1).all()
+    assert task.losses(outputs, targets).max() < 1e-4
+    eyes = points[:, 36] - points[:, 45]
+    np.testing.assert_allclose(units(targets, (36, 45)), np.hypot(*eyes.T.numpy()), rtol=1e-5)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,6 @@ def test_the_default_layers_are_blocks_of_the_decoder() -> None:
 @pytest.fixture
 def tiny_squares(tiny_teacher: str) -> dict[str, Any]:
     return {
-        "task": "segmentation",
         "device": "cpu",
         "data.name": f"{__name__}:squares",
         "teacher.model": tiny_teacher,
@@ -289,6 +290,22 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_documented_commands_and_defaults_are_the_commands_own() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pixel_probe.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
+    commands = [shlex.split(line, comments=True)[3:] for line in block.splitlines()]
+    assert len(commands) == 3
+    for arguments in commands:
+        _, others = pixel_probe.parser().parse_known_args(arguments)
+        pixel_probe.overrides(others)
+    rows = dict(re.findall(r"^\| `--(\w+) [^`]*` \|.*\| `?([^|`]+)`? \|$", page, re.M))
+    parser = pixel_probe.parser()
+    for name in ("images", "members", "repeats", "timesteps"):
+        default = parser.get_default(name)
+        words = default if isinstance(default, list) else [default]
+        assert rows[name].strip() == " ".join(map(str, words))
 
 
 def test_images_without_a_labelled_pixel_are_refused(tiny_squares: dict[str, Any]) -> None:

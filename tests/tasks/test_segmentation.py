@@ -193,12 +193,17 @@ def test_pictures_show_the_classes_where_they_are():
     assert (picture[0, 0] != 100).any()
 
 
-@pytest.mark.parametrize("head", ["linear", "fcn", "lraspp", "deeplabv3"])
-def test_a_small_student_learns_to_find_digits_in_scenes(head):
-    bank = digit_scenes.load(DataConfig())[0].head(12)
-    # Ink or not: which digit it is takes longer than a test may.
+@pytest.fixture(scope="module")
+def scenes() -> ImageBank:
+    """Eight scenes, in which ink is to be found: which digit it is takes longer than a test may."""
+    bank = digit_scenes.load(DataConfig())[0].head(8)
     masks = Masks(bank.annotations["masks"].values.clamp(max=1), ("background", "ink"))
-    bank = replace(bank, annotations={"masks": masks})
+    return replace(bank, annotations={"masks": masks})
+
+
+@pytest.mark.parametrize("head", ["linear", "fcn", "lraspp", "deeplabv3"])
+def test_a_small_student_learns_to_find_digits_in_scenes(head, scenes):
+    bank, masks = scenes, scenes.annotations["masks"]
     config = ExperimentConfig(segmentation=SegmentationConfig(head=head, width=32))
     task = SegmentationTask(config, bank)
     with torch.random.fork_rng():

@@ -172,7 +172,8 @@ class _Probe:
         self.reader = Reader(teacher, settings.timesteps, noised, seed)
         self.key = _key(
             *(VERSION, teacher.fingerprint, train.fingerprint, noised, settings.seed),
-            *(settings.timesteps, settings.images),
+            *(settings.timesteps, settings.images, config.task),
+            *(config.teacher.image_size, config.teacher.precision),
         )
 
     def ensemble(self, draw: int, progress: Progress) -> list[PixelClassifier]:

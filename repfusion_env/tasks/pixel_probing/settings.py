@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from repfusion_env.landscapes.layers import spread_of_layers
 
-# As many blocks as the paper reads of its face models.
-LAYERS = 4
+# Of a U-Net of four levels they are all from the mid-block on.
+LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class PixelProbeSettings:
 
     Args:
         timesteps: At which the teacher is read.
-        layers: Module paths of the teacher; empty: four blocks of its later half.
+        layers: Module paths of the teacher; empty: up to five blocks of its later half.
         images: Labelled training images, drawn by ``seed``.
         heldout: Held-out images that it is judged by, the first so many; None: as many as
             ``evaluation.images`` of the configuration, or all.
