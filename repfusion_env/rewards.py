@@ -88,7 +88,8 @@ def look_ahead(measured: Measurement) -> list[Tensor]:
     lane's chosen layer alone; on dense features the same move at each position; where layers are
     matched with several stages, each stage by its own layers. ``l1`` has the same minimiser and
     takes the same move. Any other loss ``l``, or any loss behind another projection, is one
-    residual ``sqrt(2 l)`` per sample, whose Gauss-Newton move is ``h' = h - 2 l g / (|g|^2 + 2 lambda l)``, ``g`` the gradient of ``l``.
+    residual ``sqrt(2 l)`` per sample, whose Gauss-Newton move is
+    ``h' = h - 2 l g / (|g|^2 + 2 lambda l)``, ``g`` the gradient of ``l``.
     With ``lookahead: gradient`` the move is ``-eta * g``, scaled by the number of residuals so that
     it does not shrink with the feature's width.
 
