@@ -70,6 +70,9 @@ def report(
     if found.layers is not None:
         shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
         summary["layer"] = dict(zip(found.layer_names, shares.tolist(), strict=True))
+    unreadable = [*trainer.parts.train.skipped, *trainer.parts.heldout.skipped]
+    if unreadable:
+        summary["unreadable_images"] = unreadable
     _draw(run, env, found, decisions)
     run.write_summary(summary)
     _print(run, found, summary, metric_words(trainer.task, found.metrics))
@@ -243,6 +246,9 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any], words: str) -> 
         "curves": f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}",
         "again": again,
     }
+    if "unreadable_images" in summary:
+        count = len(summary["unreadable_images"])
+        lines["left out"] = f"{count:,} unreadable image(s), listed in summary.json"
     for name, text in lines.items():
         console.print(f"{name + ':':9}{text}", highlight=False, soft_wrap=True, markup=False)
 

@@ -57,15 +57,9 @@ class ClassificationTask:
 
     def draw(self, image: np.ndarray, answer: Tensor, side: int) -> np.ndarray:
         """The image with the name of its class below it."""
-        from PIL import Image, ImageDraw
+        from repfusion_env.tasks.pictures import draw_name
 
-        picture = Image.fromarray(image).convert("RGB").resize((side, side), Image.Resampling.BOX)
-        drawing = ImageDraw.Draw(picture, "RGBA")
-        name, bottom = self.names[int(answer)], side - 1
-        left, top, right, low = drawing.textbbox((4, bottom - 3), name, anchor="ls")
-        drawing.rectangle((left - 3, top - 3, right + 3, low + 3), fill=(0, 0, 0, 170))
-        drawing.text((4, bottom - 3), name, anchor="ls", fill=(255, 255, 255, 255))
-        return np.array(picture)
+        return draw_name(image, self.names[int(answer)], side)
 
 
 class Accuracy:

@@ -19,6 +19,7 @@ from agents.comparison.statistics import Estimate
 from agents.comparison.summary import as_dict, summarize
 from agents.comparison.tables import markdown, spreadsheet
 from repfusion_env.config_loading import load_config
+from repfusion_env.tasks.pixel_probing import ensemble
 
 GRID = {"timesteps.values": [0, 400, 800]}
 DENSE = {
@@ -138,6 +139,8 @@ def test_a_comparison_of_segmentation_runs_as_a_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(stage_two, "MOST_IMAGES", 10)
+    for name, few in (("PATIENT_EPOCHS", 1), ("PATIENCE", 1)):  # of the pixel probe's training
+        monkeypatch.setattr(ensemble, name, few)
     data = {"task": "segmentation", "data.name": "npz", "data.path": squares}
     config = experiment(**DENSE, **data)
     out = tmp_path / "out"

@@ -220,3 +220,22 @@ def test_teacher_evaluations_are_the_images_that_its_network_saw(changes, monkey
     timesteps = info["timestep"].reshape(8, -1).shape[1]
     told = teacher_evaluations(env, timesteps, decisions=8)
     assert told == {"setup": setup, "training": sum(seen) - setup}
+
+
+def test_images_that_could_not_be_read_are_listed_in_the_summary(
+    experiment: Callable[..., Path], tmp_path: Path
+):
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 16, 16), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "images" / "a" / "0.png").write_bytes(b"no image")
+    data = {"name": "folder", "path": str(tmp_path / "images"), "skip_unreadable": 0.1}
+    data |= {"image_size": 16, "channels": 1}
+    config = experiment(**{"run.decisions": 16, "evaluation.images": 4})
+    words = [f"--data.{key}={value}" for key, value in data.items()]
+    with pytest.warns(RuntimeWarning, match=r"0\.png"):
+        assert main(["--config", str(config), "--run.name", "r", *words]) == 0
+    (listed,) = json.loads((tmp_path / "r" / "summary.json").read_text())["unreadable_images"]
+    assert "0.png" in listed
