@@ -31,7 +31,7 @@ from repfusion_env.stage2.labels import label_count, task_subset
 from repfusion_env.stream import ImageStream
 from repfusion_env.student import head_shapes, stage_shapes, task_input
 from repfusion_env.tasks import Task
-from repfusion_env.tasks.build import build_task
+from repfusion_env.tasks.build import build_task, check_heldout
 from repfusion_env.tasks.measuring import measure
 from repfusion_env.updates import Updates
 from students import build_backbone
@@ -109,6 +109,7 @@ class ControlTrainer:
             if config.task == "classification":
                 require_labels(train, "the supervised control")
             self.task = build_task(config, train)
+            check_heldout(config, heldout, config.evaluation.images)
             if augment and self.task.annotation != "labels":
                 raise ValueError(views_problem(self.task.annotation))
         seed = config.seed

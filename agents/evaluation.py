@@ -268,7 +268,8 @@ def linear_probe_accuracy(trainer: Embedder, train_images: int) -> float:
 
     Features (M, S) are pooled and standardised; L2-regularised with scikit-learn's default C = 1.
     Labels are the given ones, also where the student learned from clusters (``data.labels``); of
-    images that came without labels they are the clusters.
+    images that came without labels they are the clusters. Where all training images have one
+    class, it is the answer for every held-out one.
 
     Args:
         trainer: Whose student is probed (the averaged one where there is one).
@@ -280,7 +281,10 @@ def linear_probe_accuracy(trainer: Embedder, train_images: int) -> float:
 
     train, heldout = trainer.parts.train.judged, trainer.parts.heldout.judged
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    probe.fit(*_features(trainer, train, min(train_images, len(train))))
+    features, labels = _features(trainer, train, min(train_images, len(train)))
+    if (labels == labels[0]).all():
+        return float((heldout.labels == int(labels[0])).float().mean())
+    probe.fit(features, labels)
     return float(probe.score(*_features(trainer, heldout, len(heldout))))
 
 

@@ -85,7 +85,9 @@ class TeacherConfig:
         "auto: by the model's files; unet2d, edm, guided_diffusion, unet2d_condition, dit, pixart, "
         "sd3, flux, autoencoder_kl, gan, flow, timm, or your own as module:function",
     )
-    model: StrictStr = option("digits", "digits (shipped), a local folder or file, or a hub id")
+    model: StrictStr = option(
+        "digits", "digits, digit_scenes (shipped), a local folder or file, or a hub id"
+    )
     revision: StrictStr | None = option(None, "commit, tag or branch of the hub repository")
     layers: tuple[StrictStr, ...] = option(
         (), "module paths whose output is the feature, several allowed; none: the family's own"
@@ -153,7 +155,7 @@ class StudentConfig:
     shorthand: ClassVar[str] = "name"
     name: StrictStr = option(
         "small_cnn",
-        "small_cnn, resnet18, mobilenetv2, wideresnet28_2, bisenet_resnet18, bisenet_resnet50, "
+        "small_cnn, small_pyramid, resnet18, mobilenetv2, wideresnet28_2, bisenet_resnet18, bisenet_resnet50, "
         "torchvision/<name>, timm/<name>, or your own as module:function",
     )
     pretrained: StrictBool = option(False, "start from the library's weights")

@@ -71,7 +71,7 @@ def build_frozen_parts(config: ExperimentConfig) -> FrozenParts:
         )
     card = describe_teacher(config.teacher)
     train, heldout = load_data(config.data)
-    check_task(config, train)
+    check_task(config, train, heldout)
     check_fit(card, config, train.shape)
     train, heldout = train.to(device), heldout.to(device)
     teacher = load_teacher(config.teacher, device=device)

@@ -6,7 +6,7 @@ Shape letters: B samples, C,H,W image, S student width, h,w its last map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Student(nn.Module):
         name = config.distillation.projection
         self.projections: Projections = look_up("projection", name, PROJECTIONS)(
             stages, parts.features.shapes
+        )
+        _check_last_stage(
+            task, self.projections, dict(zip(self.backbone.stages, stages, strict=True))
         )
         self.all_stages = self.projections.all_stages or task.reads == "stages"
         self.head = task.head(head_shapes(task, stages))
@@ -77,6 +80,23 @@ def head_shapes(task: Task, stages: Sequence[Shape]) -> list[Shape]:
     if task.reads == "stages":
         return list(stages)
     return [(stages[-1][0], 1, 1) if task.reads == "pooled" else stages[-1]]
+
+
+def _check_last_stage(task: Task, projections: Projections, stages: Mapping[str, Shape]) -> None:
+    """Refuse a head that reads the last stage alone where no teacher layer is matched.
+
+    What is distilled would not reach the head, and a look-ahead's reward not depend on the action.
+    """
+    matched = {index % len(stages) for index in projections.moved}
+    if task.reads == "stages" or len(stages) - 1 in matched:
+        return
+    name, (_, height, wide) = list(stages.items())[-1]
+    others = ", ".join(list(stages)[index] for index in sorted(matched))
+    raise ValueError(
+        f"teacher.layers: the task's head reads the student's last stage '{name}' alone, which is "
+        f"{height}x{wide}, but the layers are matched at {others}; add a layer of about that size, "
+        "such as the mid-block, or give distillation.projection linear or pyramid"
+    )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # They are named, not imported, so that a student's name can be checked before torch is loaded.
 BACKBONES: dict[str, str | Callable[[int, int], Backbone]] = {
     "small_cnn": "students.small_cnn:build_small_cnn",
+    "small_pyramid": "students.small_pyramid:build_small_pyramid",
     "resnet18": "students.resnet18:build_resnet18",
     "mobilenetv2": "students.mobilenetv2:build_mobilenetv2",
     "wideresnet28_2": "students.wideresnet:build_wideresnet28_2",

@@ -81,7 +81,7 @@ def test_every_option_survives_yaml_with_random_values():
     named = {
         "task": "a.b:C",
         "device": "cuda:1",
-        "data.name": "digits",
+        "data.name": "a.b:load",  # which may have subsets
         "student.name": "timm/resnet18",
         "sb3.device": "auto",
         "teacher.family": "unet2d",

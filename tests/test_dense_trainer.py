@@ -16,7 +16,7 @@ from repfusion_env.fusion import probe_input
 from repfusion_env.tasks.classification import ClassificationTask
 from repfusion_env.trainer import DistillationTrainer
 
-LAYERS = ["mid_block", "up_blocks.0"]  # 16x16 and 32x32 for scenes of 32x32
+LAYERS = ["mid_block", "up_blocks.0"]  # 8x8 and 16x16 for scenes of 32x32, seen at 16x16
 TASKS = ["segmentation", "landmarks", "detection"]
 
 
@@ -33,6 +33,7 @@ def _trainer(tiny: dict[str, Any], task: str, **overrides: Any) -> DistillationT
         "distillation.dense": True,
         "distillation.projection": "stages",
         "teacher.layers": LAYERS,
+        "teacher.image_size": 16,
         "segmentation": {"head": "linear", "width": 8},
         "landmarks": {"head": "linear", "width": 8},
         "detection.width": 8,
@@ -79,20 +80,34 @@ def test_the_look_ahead_moves_every_position_and_the_head_judges_the_moved_maps(
     teacher = trainer.parts.features(bank, ids, timesteps, visits, trainer.heldout_noise_seed)
     with torch.no_grad():
         maps = student.features(bank.pixels(ids))
-    # Grids of 16 and 32 positions a side are those of the second and of the first stage.
+    # Grids of 8 and 16 positions a side are those of the last and of the second stage.
     assert [m.shape[2] for m in maps] == [32, 16, 8]
-    for layer, stage in ((0, 1), (1, 0)):
+    resting = student.head(maps[-1]).detach()
+    for layer, stage in ((0, 2), (1, 1)):
         projection = student.projections[layer]
         J, b = (p.detach().double().numpy() for p in (projection.weight, projection.bias))
         move = J.T @ np.linalg.inv(J @ J.T + 0.2 * np.eye(len(J)))
         h, z = maps[stage].double().numpy(), teacher[layer].double().numpy()
         residual = np.einsum("fs,nshw->nfhw", J, h) + b[:, None, None] - z
         maps[stage] = torch.from_numpy(h - np.einsum("sf,nfhw->nshw", move, residual)).float()
+    assert not torch.allclose(student.head(maps[-1]), resting, atol=1e-3)
     with torch.no_grad():
         logits = F.interpolate(student.head(maps[-1]), (32, 32), mode="bilinear")
     masks = bank.annotations["masks"].values[ids].long()
     expected = -F.cross_entropy(logits, masks, reduction="none").mean((1, 2))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_leave_the_map_that_the_head_reads_alone_are_refused(tiny):
+    # 16x16 and 32x32: nothing would be distilled into the last stage, and no reward differ.
+    finer = {"teacher.layers": LAYERS, "teacher.image_size": None}
+    with pytest.raises(
+        ValueError, match=r"last stage 'stage3' alone, .* matched at stage1, stage2;"
+    ):
+        _trainer(tiny, "segmentation", **finer)
+    assert _trainer(tiny, "detection", **finer).student.all_stages
+    pyramid = _trainer(tiny, "segmentation", **finer, **{"distillation.projection": "pyramid"})
+    assert pyramid.student.all_stages
 
 
 def test_with_the_linear_projection_the_map_that_the_head_reads_is_the_one_that_moves(tiny):
@@ -115,7 +130,7 @@ def test_learned_fusion_reads_maps_and_gets_a_gradient(tiny):
     ids, timesteps, visits = _batch(1)
     targets = trainer._targets(trainer.parts.train, ids, timesteps, visits, trainer.noise_seed)
     seen = probe_input(targets, pooled=False)
-    assert seen.shape == (4, sum(trainer.parts.features.widths), 32, 32) and seen.requires_grad
+    assert seen.shape == (4, sum(trainer.parts.features.widths), 16, 16) and seen.requires_grad
 
 
 def test_the_probe_head_sees_all_layers_on_the_finest_grid(tiny):
@@ -124,7 +139,7 @@ def test_the_probe_head_sees_all_layers_on_the_finest_grid(tiny):
     features = trainer.parts.features(trainer.parts.train, ids, timesteps, visits, 3)
     targets = trainer._targets(trainer.parts.train, ids, timesteps, visits, 3)
     seen = probe_input(targets, pooled=False)
-    small = F.interpolate(features[0], (32, 32), mode="bilinear", align_corners=False)
+    small = F.interpolate(features[0], (16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(seen, torch.cat((small, features[1]), dim=1))
     result = trainer.step(ids, timesteps, visits)
     assert result.reward.isfinite().all() and (result.reward <= 0).all()

@@ -103,7 +103,7 @@ def _jobs(folders: Folders) -> list[Masked]:
         key = image.relative_to(images).with_suffix("")
         mask = found.get(key)
         read = partial(index_mask, mask) if mask else partial(_missing, image, masks / key, found)
-        jobs.append(Masked(image, read, f"its mask '{mask}'"))
+        jobs.append(Masked(image, read, f"the mask '{mask}'"))
     if not jobs:
         raise ValueError(f"data.path: '{images}' holds no images")
     return jobs

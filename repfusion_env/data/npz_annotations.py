@@ -125,6 +125,10 @@ def _keypoints(
             )
         if len(array) != len(pixels):
             raise ValueError(f"'{path}' has {len(pixels)} {prefix}images but {len(array)} {key}")
+        if array.shape[1] == 0:
+            raise ValueError(
+                f"'{path}': {key} has no points, {array.shape}; at least one is needed"
+            )
         points = torch.from_numpy(array.astype(np.float32))
         visible = _visible(path, file, prefix, points)
         _check_inside(path, key, points, visible, (pixels.shape[2], pixels.shape[3]))
@@ -151,7 +155,8 @@ def _keypoints(
 
 
 def _visible(path: Path, file: Mapping[str, Array], prefix: str, points: Tensor) -> Tensor:
-    known = points.isfinite().all(2)
+    # Infinity is a place outside of the image, which is refused; NaN alone means missing.
+    known = ~points.isnan().any(2)
     given = file.get(f"{prefix}visible")
     if given is None:
         return known

@@ -117,5 +117,5 @@ def _listing(root: Path, lines: Named) -> list[Masked]:
     for name, breed in (lines[index] for index in permutation(len(lines)).tolist()):
         mask = root / ANNOTATIONS / "trimaps" / f"{name}.png"
         image = root / IMAGES / f"{name}.jpg"
-        listing.append(Masked(image, partial(trimap, mask), f"its mask '{mask}'", breed))
+        listing.append(Masked(image, partial(trimap, mask), f"the mask '{mask}'", breed))
     return listing

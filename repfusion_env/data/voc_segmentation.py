@@ -72,6 +72,6 @@ def _listing(root: Path, path: Path) -> list[Masked]:
     for name in (names[index] for index in permutation(len(names)).tolist()):
         mask = root / MASKS / f"{name}.png"
         listing.append(
-            Masked(root / IMAGES / f"{name}.jpg", partial(index_mask, mask), f"its mask '{mask}'")
+            Masked(root / IMAGES / f"{name}.jpg", partial(index_mask, mask), f"the mask '{mask}'")
         )
     return listing

@@ -19,12 +19,34 @@ def build_task(config: ExperimentConfig, bank: ImageBank) -> Task:
     return task
 
 
-def check_task(config: ExperimentConfig, bank: ImageBank) -> None:
-    """Refuse a bank that lacks what the task is to predict, before a teacher is loaded.
+def check_task(config: ExperimentConfig, train: ImageBank, heldout: ImageBank) -> None:
+    """Refuse banks that lack what the task is to predict, before a teacher is loaded.
 
     Raises:
         ValueError: With one sentence.
     """
-    task = build_task(config, bank)
+    task = build_task(config, train)
     if task.annotation == "labels" and config.data.labels == "given":
-        require_labels(bank, "the task")
+        require_labels(train, "the task")
+    check_heldout(config, heldout, config.evaluation.images)
+
+
+def check_heldout(config: ExperimentConfig, heldout: ImageBank, images: int | None) -> None:
+    """Refuse held-out images that cannot be measured: a whole run would end without a number.
+
+    Args:
+        config: Names the task.
+        heldout: All of them.
+        images: The first so many are measured; None: all.
+
+    Raises:
+        ValueError: With one sentence.
+    """
+    measured = min(images or len(heldout), len(heldout))
+    try:
+        build_task(config, heldout.head(measured))
+    except ValueError as error:
+        first = f"first {measured:,} " if measured < len(heldout) else ""
+        raise ValueError(
+            f"{error}; meant are the {first}held-out images, on which the metric is measured"
+        ) from error

@@ -41,7 +41,8 @@ class SegmentationTask:
         bank: Images with masks.
 
     Raises:
-        ValueError: The bank has no masks, masks of another size than its images, or a single class.
+        ValueError: The bank has no masks, masks of another size than its images, a single class, or
+            no pixel that counts.
     """
 
     annotation = "masks"
@@ -62,6 +63,12 @@ class SegmentationTask:
             raise ValueError(
                 f"data set '{bank.name}' has masks of the one class '{masks.classes[0]}', but task "
                 "'segmentation' needs two or more; a background is a class, too"
+            )
+        # Most banks end the search with their first image.
+        if not any(bool((mask != IGNORE).any()) for mask in masks.values):
+            raise ValueError(
+                f"no pixel of data set '{bank.name}' counts: its {len(masks):,} masks hold nothing "
+                f"but {IGNORE}; expected are ids of classes"
             )
         self.settings = config.segmentation
         self.classes = masks.classes

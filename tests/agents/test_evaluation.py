@@ -248,3 +248,18 @@ def test_the_linear_probe_is_a_logistic_regression_on_the_averaged_students_feat
     right = probe.predict((heldout - mean) / deviation) == parts.heldout.labels[:40].numpy()
     assert linear_probe_accuracy(env.trainer, 60) == pytest.approx(right.mean())
     assert 0.2 < right.mean() < 1.0
+
+
+def test_where_all_training_images_have_one_class_the_linear_probe_answers_it(
+    env: RepFusionVectorEnv,
+):
+    trainer = env.trainer
+    train = trainer.parts.train
+    train = replace(train, labels=torch.full_like(train.labels, 3))
+    only_threes = SimpleNamespace(
+        **{name: getattr(trainer, name) for name in ("device", "embed", "evaluation_student")},
+        parts=replace(trainer.parts, train=train),
+    )
+    share = (trainer.parts.heldout.labels == 3).float().mean()
+    assert linear_probe_accuracy(only_threes, 60) == pytest.approx(float(share))
+    assert share > 0

@@ -131,7 +131,7 @@ def test_a_mask_of_another_size_is_named_with_both_sizes(plain):
     broken(plain, "5.png", scene(5, (40, 20)))
     for options in ({}, {"image_size": 12}):
         with pytest.raises(
-            ValueError, match=r"5\.png' is 40x24, but its mask '.*5\.png' is 40x20 .*one size"
+            ValueError, match=r"5\.png' is 40x24, but the mask '.*5\.png' is 40x20 .*one size"
         ):
             load_data(config(plain, **options))
 

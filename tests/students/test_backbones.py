@@ -11,7 +11,7 @@ from students import BACKBONES, Backbone, available_backbones, build_backbone
 from students.small_cnn import build_small_cnn
 from students.wideresnet import WideBlock
 
-OWN = ["small_cnn", "resnet18", "mobilenetv2", "wideresnet28_2"]
+OWN = ["small_cnn", "small_pyramid", "resnet18", "mobilenetv2", "wideresnet28_2"]
 # Have a test file of their own.
 SEGMENTATION = ["bisenet_resnet18", "bisenet_resnet50"]
 

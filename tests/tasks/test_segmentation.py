@@ -177,6 +177,14 @@ def test_masks_of_another_size_than_the_images_are_refused():
     )
 
 
+def test_masks_without_a_counting_pixel_are_refused():
+    masks = torch.full((3, 8, 8), IGNORE, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="no pixel of data set 'workshop' counts: its 3 masks hold"):
+        _task(masks)
+    masks[2, 7, 7] = 1
+    assert _task(masks).classes == CLASSES
+
+
 def test_masks_of_a_single_class_are_refused():
     bank = _bank(torch.zeros(2, 8, 8, dtype=torch.uint8), ("nut",))
     with pytest.raises(ValueError, match="the one class 'nut', but task 'segmentation' needs two"):

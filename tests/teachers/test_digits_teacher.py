@@ -55,8 +55,9 @@ def test_the_choice_of_the_timestep_matters(teacher):
     assert accuracy[800] < 0.2
 
 
-def test_its_folder_is_small_and_whole():
-    files = {path.name: path.stat().st_size for path in SHIPPED["digits"].iterdir()}
+@pytest.mark.parametrize("name", list(SHIPPED))
+def test_its_folder_is_small_and_whole(name):
+    files = {path.name: path.stat().st_size for path in SHIPPED[name].iterdir()}
     assert set(files) == {
         "README.md",
         "config.json",
@@ -65,7 +66,7 @@ def test_its_folder_is_small_and_whole():
         "scheduler_config.json",
     }
     assert sum(files.values()) < 2.5e6
-    card = (SHIPPED["digits"] / "README.md").read_text()
-    train, _ = load_data(DataConfig())
+    card = (SHIPPED[name] / "README.md").read_text()
+    train, _ = load_data(DataConfig(name=name))
     # The card names the very images that the loader gives, so nothing held out was trained on.
     assert train.fingerprint in card

@@ -26,7 +26,7 @@ from repfusion_env.noise import derive_seed
 from repfusion_env.progress import Progress
 from repfusion_env.registry import TASKS
 from repfusion_env.tasks import Task
-from repfusion_env.tasks.build import build_task
+from repfusion_env.tasks.build import build_task, check_heldout
 from repfusion_env.tasks.measuring import measure as measure_task
 from repfusion_env.tasks.pixel_probing.ensemble import PixelClassifier, train_member, votes
 from repfusion_env.tasks.pixel_probing.members import load_member, save_member
@@ -166,6 +166,7 @@ class _Probe:
         self.task = build_task(config, self.train)
         most = settings.heldout or config.evaluation.images or len(heldout)
         self.heldout_count = min(most, len(heldout))
+        check_heldout(config, heldout, self.heldout_count)
         teacher = load_teacher(config.teacher, device=device)
         noised = config.teacher.input == "noised"
         seed = derive_seed(settings.seed, "pixel probe noise")

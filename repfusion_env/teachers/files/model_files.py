@@ -12,7 +12,7 @@ from typing import Any
 from repfusion_env.registry import did_you_mean
 from repfusion_env.teachers.base import TeacherError
 
-SHIPPED = {"digits": Path(__file__).parents[1] / "digits"}
+SHIPPED = {name: Path(__file__).parents[1] / name for name in ("digits", "digit_scenes")}
 STEM = "diffusion_pytorch_model"
 # Each with the index that lists its shards, where there are several. Safe ones first; a
 # half-precision copy serves where there is no other.

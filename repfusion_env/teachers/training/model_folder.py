@@ -24,6 +24,10 @@ DATA_NOTES = {
         "scikit-learn's copy of the UCI data set 'Optical Recognition of Handwritten Digits' "
         "(E. Alpaydin, C. Kaynak), licence CC BY 4.0; 8x8 pixels brought to 16x16"
     ),
+    "digit_scenes": (
+        "scenes composed by this package of scikit-learn's copy of the UCI data set 'Optical "
+        "Recognition of Handwritten Digits' (E. Alpaydin, C. Kaynak), licence CC BY 4.0"
+    ),
     "cifar10": (
         "CIFAR-10 (A. Krizhevsky, 2009); published without an explicit licence, for research"
     ),
