@@ -9,8 +9,7 @@ S student width, h,w its last map.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +28,13 @@ from repfusion_env.devices import resolve_device
 from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.stage2.labels import label_count, task_subset
 from repfusion_env.stream import ImageStream
-from repfusion_env.student import head_shapes, stage_shapes, task_input
+from repfusion_env.student import (
+    head_shapes,
+    inference_maps,
+    stage_maps,
+    stage_shapes,
+    task_input,
+)
 from repfusion_env.tasks import Task
 from repfusion_env.tasks.build import build_task, check_heldout
 from repfusion_env.tasks.measuring import measure
@@ -58,6 +63,7 @@ class ControlStudent(nn.Module):
             image_size=size,
             pretrained=config.student.pretrained,
         )
+        self.precision = config.student.precision
         self.head, self.all_stages = None, False
         if task is not None:
             shapes = head_shapes(task, stage_shapes(self.backbone, banks.train.shape))
@@ -72,9 +78,8 @@ class ControlStudent(nn.Module):
         Returns:
             float32 maps; the last one is (B, S, h, w).
         """
-        maps = self.backbone(images)
         stages = self.backbone.stages if self.all_stages else self.backbone.stages[-1:]
-        return [maps[stage].float() for stage in stages]
+        return stage_maps(self.backbone, images, stages, self.precision)
 
 
 class ControlTrainer:
@@ -109,7 +114,7 @@ class ControlTrainer:
             if config.task == "classification":
                 require_labels(train, "the supervised control")
             self.task = build_task(config, train)
-            check_heldout(config, heldout, config.evaluation.images)
+            check_heldout(config, heldout)
             if augment and self.task.annotation != "labels":
                 raise ValueError(views_problem(self.task.annotation))
         seed = config.seed
@@ -184,15 +189,15 @@ class ControlTrainer:
             return []
         bank, group = self.parts.train, self.config.env.group_size
         targets = bank.labels[ids] if self.task is None else self.task.targets(bank, ids)
-        with own_randomness(derive_seed(self.config.seed, "augment", self.steps), self.device):
-            return list(self.augmentation(bank.pixels(ids), targets, group))
+        seed = derive_seed(self.config.seed, "augment", self.steps)
+        return list(self.augmentation.drawn_by(seed, bank.pixels(ids), targets, group))
 
     def _loss(self, images: Tensor, answers: list[Tensor], ids: Tensor, lanes: int) -> Tensor:
         total = torch.zeros((), device=self.device)
         if self.task is not None and self.student.head is not None:
             targets = answers[0] if answers else self.task.targets(self.parts.train, ids)
             shown = images if self.views is None else self.views(images)
-            outputs = self.student.head(*task_input(self.task, self._maps(shown)))
+            outputs = self.student.head(*task_input(self.task, self.student.features(shown)))
             losses = self.task.losses(outputs, targets)
             self.metrics.add("student/task_loss", losses[:lanes])
             correct = self.task.correct(outputs, targets)
@@ -215,7 +220,7 @@ class ControlTrainer:
         Returns:
             The last stage's map (N, S, h, w) and its average (N, S).
         """
-        last = self._maps_now(images, student or self.student)[-1]
+        last = inference_maps(student or self.student, images)[-1]
         return last, last.mean((2, 3))
 
     @torch.no_grad()
@@ -232,7 +237,7 @@ class ControlTrainer:
         student = student or self.student
         if self.task is None or student.head is None:
             raise ValueError(f"'{self.method}' trains no head of a task")
-        return student.head(*task_input(self.task, self._maps_now(images, student)))
+        return student.head(*task_input(self.task, inference_maps(student, images)))
 
     def heldout_metrics(self, limit: int | None = None) -> dict[str, float]:
         """The task's metric of the student's own head on held-out images; empty without a head.
@@ -282,23 +287,4 @@ class ControlTrainer:
         self.metrics.load_state_dict(state["metrics"])
 
     def _pooled(self, images: Tensor) -> Tensor:
-        return self._maps(images)[-1].mean((2, 3))
-
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        with self._precision():
-            return self.student.features(images)
-
-    def _maps_now(self, images: Tensor, student: ControlStudent) -> list[Tensor]:
-        """The maps in inference mode."""
-        training = student.training
-        student.eval()
-        with self._precision():
-            maps = student.features(images)
-        student.train(training)
-        return maps
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        enabled = self.config.student.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            yield
+        return self.student.features(images)[-1].mean((2, 3))

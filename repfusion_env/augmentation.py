@@ -19,6 +19,7 @@ from repfusion_env.config import AugmentationConfig, ExperimentConfig
 from repfusion_env.config_loading import ConfigError
 from repfusion_env.data.annotations import IGNORE, NO_BOX, Keypoints, Masks
 from repfusion_env.data.bank import ImageBank
+from repfusion_env.noise import own_randomness
 from repfusion_env.registry import did_you_mean
 
 # The forms of targets, and their dimensions beside B.
@@ -147,6 +148,16 @@ class Augmentation:
         if self.config.jitter:
             moved = self._jittered(moved, groups, rows)
         return moved, self._follow(movement, targets, height, width)
+
+    def drawn_by(
+        self, seed: int, images: Tensor, targets: Tensor, group: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """As a call, but drawn from ``seed`` alone; the global generators stay as they are.
+
+        Rows that are no whole number of groups are changed each by itself.
+        """
+        with own_randomness(seed, images.device):
+            return self(images, targets, group if len(images) % group == 0 else 1)
 
     def _check(self, images: Tensor, targets: Tensor) -> None:
         count, form = len(images), FORMS[self.annotation]

@@ -155,8 +155,8 @@ class StudentConfig:
     shorthand: ClassVar[str] = "name"
     name: StrictStr = option(
         "small_cnn",
-        "small_cnn, small_pyramid, resnet18, mobilenetv2, wideresnet28_2, bisenet_resnet18, bisenet_resnet50, "
-        "torchvision/<name>, timm/<name>, or your own as module:function",
+        "small_cnn, small_pyramid, resnet18, mobilenetv2, wideresnet28_2, bisenet_resnet18, "
+        "bisenet_resnet50, torchvision/<name>, timm/<name>, or your own as module:function",
     )
     pretrained: StrictBool = option(False, "start from the library's weights")
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the student (autocast)")
@@ -420,7 +420,9 @@ class EvaluationConfig:
     """What is measured on held-out images at the end, and on the way."""
 
     shorthand: ClassVar[str] = "images"
-    images: Count | None = option(None, "held-out images used; default: all")
+    images: Count | None = option(
+        None, "held-out images that the policy is measured on; default: all, as always for students"
+    )
     every: Index = option(0, "evaluate the policy every so many steps; 0: at the end only")
     probe_images: Count = option(10_000, "training images of the linear probe, at most")
 

@@ -33,8 +33,21 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
 
+class _GivenTwice(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping, of which YAML would take the last without a word."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-4`` as text; people mean a number, as YAML 1.2 has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping each of whose keys is given once."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _GivenTwice(problem=key.value, problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -110,6 +123,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         )
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
+    except _GivenTwice as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(
+            [f"config: '{path}' gives '{error.problem}' twice in one place (line {line})"]
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(getattr(error, "problem_mark", "")).strip() or "the file is no text"
         raise ConfigError([f"config: '{path}' is not valid YAML ({where})"]) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from repfusion_env.config_loading import accepts_text, options, parse_yaml, sections
+from repfusion_env.config_loading import ConfigError, accepts_text, options, parse_yaml, sections
 from repfusion_env.registry import did_you_mean
 
 
@@ -61,6 +62,24 @@ def read_options(
             found[key] = text if key in own else _value(text, kinds.get(key))
         except yaml.YAMLError:
             problems.append(f"--{given}: '{text}' is not valid YAML")
+    return found
+
+
+def key_overrides(arguments: Sequence[str], command: argparse.ArgumentParser) -> dict[str, Any]:
+    """``--key value`` and ``--key=value`` pairs of configuration keys.
+
+    Args:
+        arguments: The words that ``command`` left over.
+        command: The command's own parser; its options are known for the closest match.
+
+    Raises:
+        ConfigError: With a sentence for each that is none.
+    """
+    problems: list[str] = []
+    own = [action.option_strings[-1][2:] for action in command._actions]
+    found = read_options(arguments, problems, known=own)
+    if problems:
+        raise ConfigError(problems)
     return found
 
 

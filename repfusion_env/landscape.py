@@ -16,7 +16,7 @@ from typing import Any
 from repfusion_env.command_line import INTERRUPTED, WRONG_USE, is_ours
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, check, merge, read_config_file
-from repfusion_env.config_options import read_options
+from repfusion_env.config_options import key_overrides
 from repfusion_env.landscapes.settings import LandscapeSettings
 from repfusion_env.registry import did_you_mean
 from repfusion_env.stage2.settings import ANNOTATIONS
@@ -90,23 +90,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``--key value`` and ``--key=value`` pairs of configuration keys.
-
-    Raises:
-        ConfigError: With a sentence for each that is none.
-    """
-    problems: list[str] = []
-    own = [action.option_strings[-1][2:] for action in parser()._actions]
-    found = read_options(arguments, problems, known=own)
-    if problems:
-        raise ConfigError(problems)
-    return found
-
-
 def _run(arguments: list[str]) -> int:
     chosen, others = parser().parse_known_args(arguments)
-    given = overrides(others)
+    given = key_overrides(others, parser())
     if chosen.seed is not None:
         given["seed"] = chosen.seed
     config, name = _config(chosen, given)

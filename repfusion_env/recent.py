@@ -97,7 +97,8 @@ class RecentDecisions:
         """Restore what :meth:`state_dict` gave."""
         self._kept, self._beside = None, []
         if state is not None:
-            self._beside = [values.to(device) for values in state["beside"]]
+            beside = state.get("beside", ())  # of which earlier versions knew nothing
+            self._beside = [values.to(device) for values in beside]
             targets = Targets(state["features"], state["weights"], probe=state["probe"])
             self._kept = (state["ids"].to(device), _mapped(targets, lambda v: v.to(device)))
 

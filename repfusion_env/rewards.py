@@ -134,10 +134,13 @@ def _stage_step(
         return torch.stack(steps)[measured.chosen, torch.arange(len(h), device=h.device)]
     kept = [index for index, own in enumerate(mine) if own]
     jacobians, residuals = [jacobians[i] for i in kept], [residuals[i] for i in kept]
-    if weights is not None and weights.ndim == 2:
-        return _weighted_step(jacobians, residuals, weights[:, kept] * count, damping)
     if weights is not None:
-        roots = (weights[kept] * count).sqrt()
+        # Not by a list of places, which would have to be sent to the device each step.
+        weights = torch.stack([weights[..., i] for i in kept], dim=-1) * count
+    if weights is not None and weights.ndim == 2:
+        return _weighted_step(jacobians, residuals, weights, damping)
+    if weights is not None:
+        roots = weights.sqrt()
         jacobians = [jacobian * root for jacobian, root in zip(jacobians, roots, strict=True)]
         residuals = [residual * root for residual, root in zip(residuals, roots, strict=True)]
     return _step(_damped(torch.cat(jacobians), damping), torch.cat(residuals, dim=1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,20 @@ from repfusion_env.fusion import probe_shape
 from repfusion_env.registry import PROJECTIONS, look_up
 from repfusion_env.tasks import Shape, Task
 from students import Backbone, Projections, build_backbone
+
+
+class Encoder(Protocol):
+    """What :func:`inference_maps` needs of a student, be it distilled or not."""
+
+    training: bool
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps of images (B, C, H, W), shallow to deep."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training or inference mode."""
+        ...
 
 
 class Student(nn.Module):
@@ -41,6 +55,7 @@ class Student(nn.Module):
             task, self.projections, dict(zip(self.backbone.stages, stages, strict=True))
         )
         self.all_stages = self.projections.all_stages or task.reads == "stages"
+        self.precision = config.student.precision
         self.head = task.head(head_shapes(task, stages))
         self.probe = task.head(
             [probe_shape(parts.features.shapes, pooled=task.reads == "pooled")],
@@ -54,11 +69,29 @@ class Student(nn.Module):
             images: (B, C, H, W) in [-1, 1].
 
         Returns:
-            float32 maps, at least that of the last stage, (B, S, h, w).
+            float32 maps, at least that of the last stage, (B, S, h, w), computed in
+            ``student.precision``.
         """
-        maps = self.backbone(images)
         stages = self.backbone.stages if self.all_stages else self.backbone.stages[-1:]
+        return stage_maps(self.backbone, images, stages, self.precision)
+
+
+def stage_maps(
+    backbone: Backbone, images: Tensor, stages: Sequence[str], precision: str
+) -> list[Tensor]:
+    """float32 maps of ``stages``, computed in ``precision``, fp32 or bf16."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        maps = backbone(images)
         return [maps[stage].float() for stage in stages]
+
+
+def inference_maps(student: Encoder, images: Tensor) -> list[Tensor]:
+    """``student.features(images)`` in inference mode; its own mode is as before afterwards."""
+    training = student.training
+    student.train(False)
+    maps = student.features(images)
+    student.train(training)
+    return maps
 
 
 def task_input(task: Task, maps: Sequence[Tensor]) -> list[Tensor]:

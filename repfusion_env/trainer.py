@@ -6,8 +6,6 @@ width of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from repfusion_env.measuring import (
 from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.recent import RecentDecisions
 from repfusion_env.rewards import RewardRule
-from repfusion_env.student import Student, task_input
+from repfusion_env.student import Student, inference_maps, task_input
 from repfusion_env.tasks.build import build_task
 from repfusion_env.tasks.measuring import measure
 from repfusion_env.updates import NonFiniteError, Updates
@@ -173,8 +171,7 @@ class DistillationTrainer:
         # Dropout and stochastic depth, and a loss that samples, draw from (seed, step), not from
         # the caller's generator.
         with own_randomness(derive_seed(self.seed, "step", self.steps), self.device):
-            with self._precision():
-                maps = self.student.features(images)
+            maps = self.student.features(images)
             pooled = maps[-1].mean((2, 3))
             features = moved_features(self.student, maps, pooled, self.dense)
             mine = projected(self.student, features, maps, self.dense)
@@ -237,7 +234,7 @@ class DistillationTrainer:
         """
         new = self._targets(bank, ids, choice, visits, self.heldout_noise_seed)
         student, answers = self.evaluation_student, self.task.targets(bank, ids)
-        maps = self._maps(bank.pixels(ids), student)
+        maps = inference_maps(student, bank.pixels(ids))
         outputs = student.head(*task_input(self.task, maps))
         losses = self.task.losses(outputs, answers)
         probe_loss = None
@@ -277,7 +274,7 @@ class DistillationTrainer:
         Returns:
             The last stage's map (N, S, h, w) and its average (N, S).
         """
-        last = self._maps(images, student or self.student)[-1]
+        last = inference_maps(student or self.student, images)[-1]
         return last, last.mean((2, 3))
 
     @torch.no_grad()
@@ -289,7 +286,7 @@ class DistillationTrainer:
             student: Default: the student that is being trained.
         """
         student = student or self.student
-        return student.head(*task_input(self.task, self._maps(images, student)))
+        return student.head(*task_input(self.task, inference_maps(student, images)))
 
     def heldout_metrics(self, limit: int | None = None) -> dict[str, float]:
         """The task's metric of the student that evaluation sees, on the held-out images.
@@ -347,11 +344,9 @@ class DistillationTrainer:
         return Updates(self.config, student, body, heads, others, self.device)
 
     def _contrast(self, contrastive: Contrastive, images: Tensor, ids: Tensor) -> Tensor:
-        def embed(views: Tensor) -> Tensor:
-            with self._precision():
-                return self.student.features(views)[-1].mean((2, 3))
-
-        loss: Tensor = contrastive(embed, images, ids)
+        loss: Tensor = contrastive(
+            lambda views: self.student.features(views)[-1].mean((2, 3)), images, ids
+        )
         self.metrics.add("student/contrastive_loss", loss)
         return self.config.contrastive.weight * loss
 
@@ -377,28 +372,12 @@ class DistillationTrainer:
             return []
         images = self.parts.train.pixels(ids)
         answers = self.task.targets(self.parts.train, ids)
-        group = self.config.env.group_size
-        with own_randomness(derive_seed(self.seed, "augment", self.steps), self.device):
-            return list(self.augmentation(images, answers, group if len(ids) % group == 0 else 1))
+        seed, group = derive_seed(self.seed, "augment", self.steps), self.config.env.group_size
+        return list(self.augmentation.drawn_by(seed, images, answers, group))
 
     def _probe(self, student: Student, targets: Targets) -> Any:
         """What the head on the teacher's feature says."""
         return student.probe(probe_input(targets, pooled=self.task.reads == "pooled"))
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        enabled = self.config.student.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            yield
-
-    def _maps(self, images: Tensor, student: Student) -> list[Tensor]:
-        """What the projection reads, in inference mode."""
-        training = student.training
-        student.eval()
-        with self._precision():
-            maps = student.features(images)
-        student.train(training)
-        return maps
 
     def _task_losses_now(self, images: Tensor, answers: Tensor) -> Tensor:
         with torch.no_grad():
@@ -409,7 +388,7 @@ class DistillationTrainer:
     ) -> tuple[list[Tensor] | None, Tensor | None]:
         if not self.rule.after:
             return None, None
-        maps = self._maps(images, self.student)
+        maps = inference_maps(self.student, images)
         self.loss.eval()
         return maps, self.task.losses(self.student.head(*task_input(self.task, maps)), answers)
 

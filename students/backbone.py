@@ -85,6 +85,18 @@ class SequentialBackbone(Backbone):
         return features
 
 
+def conv_bn_relu(
+    in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1
+) -> nn.Sequential:
+    """A convolution that keeps the map's size but for its stride, a batch norm, and a ReLU."""
+    padding = kernel_size // 2
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
 def he_init(module: nn.Module) -> nn.Module:
     """Initialise convolutions and batch norms as residual networks do; other modules are left.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from students.backbone import Backbone, he_init
+from students.backbone import Backbone, conv_bn_relu, he_init
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet
@@ -47,7 +47,7 @@ class AttentionRefinement(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.layer = _conv_bn_relu(in_channels, out_channels, kernel_size=3)
+        self.layer = conv_bn_relu(in_channels, out_channels, kernel_size=3)
         self.weights = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(out_channels, out_channels, 1, bias=False),
@@ -71,7 +71,7 @@ class FeatureFusion(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.mix = _conv_bn_relu(in_channels, out_channels, kernel_size=1)
+        self.mix = conv_bn_relu(in_channels, out_channels, kernel_size=1)
         self.weights = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(out_channels, out_channels, 1),
@@ -115,18 +115,18 @@ class BiSeNetV1(Backbone):
             }
         )
         self.spatial_path = nn.Sequential(
-            _conv_bn_relu(in_channels, widths.stem, kernel_size=7, stride=2),
-            _conv_bn_relu(widths.stem, widths.stem, kernel_size=3, stride=2),
-            _conv_bn_relu(widths.stem, widths.stem, kernel_size=3, stride=2),
-            _conv_bn_relu(widths.stem, widths.spatial, kernel_size=1),
+            conv_bn_relu(in_channels, widths.stem, kernel_size=7, stride=2),
+            conv_bn_relu(widths.stem, widths.stem, kernel_size=3, stride=2),
+            conv_bn_relu(widths.stem, widths.stem, kernel_size=3, stride=2),
+            conv_bn_relu(widths.stem, widths.spatial, kernel_size=1),
         )
         self.around = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), _conv_bn_relu(layer4, widths.context, kernel_size=1)
+            nn.AdaptiveAvgPool2d(1), conv_bn_relu(layer4, widths.context, kernel_size=1)
         )
         self.refine16 = AttentionRefinement(layer3, widths.context)
         self.refine32 = AttentionRefinement(layer4, widths.context)
-        self.smooth16 = _conv_bn_relu(widths.context, widths.context, kernel_size=3)
-        self.smooth8 = _conv_bn_relu(widths.context, widths.context, kernel_size=3)
+        self.smooth16 = conv_bn_relu(widths.context, widths.context, kernel_size=3)
+        self.smooth8 = conv_bn_relu(widths.context, widths.context, kernel_size=3)
         self.fusion = FeatureFusion(widths.spatial + widths.context, widths.fused)
         he_init(self)
         # Behind the initialisation: this one has its own, or weights that were loaded.
@@ -191,17 +191,6 @@ def _build(name: str, in_channels: int, pretrained: bool) -> BiSeNetV1:
     if in_channels != 3:
         replace_first_convolution(context, in_channels, pretrained)
     return BiSeNetV1(context, in_channels, WIDTHS[name])
-
-
-def _conv_bn_relu(
-    in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1
-) -> nn.Sequential:
-    padding = kernel_size // 2
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
 
 
 def _resized(features: Tensor, like: Tensor) -> Tensor:

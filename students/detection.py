@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,6 +43,31 @@ ANCHOR_STRIDES = 2.0
 OCTAVE = tuple(2 ** (step / 3) for step in range(3))
 RATIOS = (0.5, 1.0, 2.0)
 SSD_RATIOS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kind of head is built for.
+
+    Attributes:
+        grids: Height and width, fine to coarse.
+        image: Height and width in pixels.
+        classes: K, without the background.
+        width: D.
+        convs: Hidden convolutions.
+    """
+
+    grids: list[Size]
+    image: Size
+    classes: int
+    width: int
+    convs: int
+
+    @property
+    def strides(self) -> list[tuple[float, float]]:
+        """Height and width in pixels of a cell of each grid."""
+        height, width = self.image
+        return [(height / rows, width / columns) for rows, columns in self.grids]
 
 
 class Detector(nn.Module):
@@ -108,8 +134,8 @@ class Detector(nn.Module):
         self.grids = [size for size in sizes if min(size) >= COARSEST_CELLS] or sizes[:1]
         for level in range(len(self.grids), len(self.sources)):
             self.pyramid.layer_blocks[level] = nn.Identity()
-        strides = [(image_size[0] / rows, image_size[1] / columns) for rows, columns in self.grids]
-        self.head, anchors = HEADS[kind](self.grids, strides, image_size, classes, width, convs)
+        layout = Layout(self.grids, image_size, classes, width, convs)
+        self.head, anchors = HEADS[kind](layout)
         self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, *maps: Tensor) -> dict[str, Tensor]:
@@ -155,49 +181,36 @@ def group_norm(width: int) -> Callable[[int], nn.Module]:
     return partial(nn.GroupNorm, math.gcd(GROUPS, width))
 
 
-def _fcos(
-    grids: list[Size],
-    strides: list[tuple[float, float]],
-    image_size: Size,
-    classes: int,
-    width: int,
-    convs: int,
-) -> tuple[nn.Module, Tensor]:
+def _fcos(layout: Layout) -> tuple[nn.Module, Tensor]:
     """The heads, and one square of a cell's size for each position."""
     levels = []
-    for (rows, columns), (high, wide) in zip(grids, strides, strict=True):
+    for (rows, columns), (high, wide) in zip(layout.grids, layout.strides, strict=True):
         y = (torch.arange(rows) + 0.5) * high
         x = (torch.arange(columns) + 0.5) * wide
         centre = torch.cartesian_prod(y, x).flip(1)
         half = torch.tensor([wide, high]) / 2
         levels.append(torch.cat([centre - half, centre + half], dim=1))
-    return FCOSHeads(width, classes, convs), torch.cat(levels)
+    heads = FCOSHeads(layout.width, layout.classes, layout.convs)
+    return heads, torch.cat(levels)
 
 
-def _retinanet(
-    grids: list[Size],
-    strides: list[tuple[float, float]],
-    image_size: Size,
-    classes: int,
-    width: int,
-    convs: int,
-) -> tuple[nn.Module, Tensor]:
+def _retinanet(layout: Layout) -> tuple[nn.Module, Tensor]:
     """The head, and nine anchors around the centre of each cell."""
     sizes = tuple(
         tuple(ANCHOR_STRIDES * math.sqrt(high * wide) * factor for factor in OCTAVE)
-        for high, wide in strides
+        for high, wide in layout.strides
     )
-    generator = AnchorGenerator(sizes, (RATIOS,) * len(grids))
-    corners = generator.grid_anchors(grids, strides)
+    generator = AnchorGenerator(sizes, (RATIOS,) * len(layout.grids))
+    corners = generator.grid_anchors(layout.grids, layout.strides)
     # The generator puts them at each cell's corner, which leaves half a cell at two of the image's
     # edges: little in large images, too much in small ones.
     anchors = [
         boxes + torch.tensor([wide, high, wide, high]) / 2
-        for boxes, (high, wide) in zip(corners, strides, strict=True)
+        for boxes, (high, wide) in zip(corners, layout.strides, strict=True)
     ]
     per_cell = generator.num_anchors_per_location()[0]
-    norm = group_norm(width)
-    head = RetinaNetHead(width, per_cell, classes, norm_layer=norm)
+    width, convs, norm = layout.width, layout.convs, group_norm(layout.width)
+    head = RetinaNetHead(width, per_cell, layout.classes, norm_layer=norm)
     # The library's head has four hidden convolutions and cannot be asked for another number.
     for part in (head.classification_head, head.regression_head):
         more = [Conv2dNormActivation(width, width, norm_layer=norm) for _ in range(convs - 4)]
@@ -205,28 +218,23 @@ def _retinanet(
     return head, torch.cat(anchors)
 
 
-def _ssdlite(
-    grids: list[Size],
-    strides: list[tuple[float, float]],
-    image_size: Size,
-    classes: int,
-    width: int,
-    convs: int,
-) -> tuple[nn.Module, Tensor]:
+def _ssdlite(layout: Layout) -> tuple[nn.Module, Tensor]:
     """The head, and six default boxes around the centre of each cell."""
-    side = math.sqrt(image_size[0] * image_size[1])
-    scales = [min(1.0, ANCHOR_STRIDES * math.sqrt(high * wide) / side) for high, wide in strides]
+    side, count = math.sqrt(math.prod(layout.image)), len(layout.grids)
+    reach = [ANCHOR_STRIDES * math.sqrt(high * wide) for high, wide in layout.strides]
+    scales = [min(1.0, length / side) for length in reach]
     scales.append(min(1.0, 2 * scales[-1]))
-    generator = DefaultBoxGenerator([list(SSD_RATIOS)] * len(grids), scales=scales)
-    image = ImageList(torch.empty(1, 1, *image_size), [image_size])
-    (anchors,) = generator(image, [torch.empty(1, 1, *grid) for grid in grids])
+    generator = DefaultBoxGenerator([list(SSD_RATIOS)] * count, scales=scales)
+    image = ImageList(torch.empty(1, 1, *layout.image), [layout.image])
+    (anchors,) = generator(image, [torch.empty(1, 1, *grid) for grid in layout.grids])
     per_cell = generator.num_anchors_per_location()
     # One class more: the background.
-    head = SSDLiteHead([width] * len(grids), per_cell, classes + 1, group_norm(width))
+    width = layout.width
+    head = SSDLiteHead([width] * count, per_cell, layout.classes + 1, group_norm(width))
     return head, anchors
 
 
-HEADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
+HEADS: dict[str, Callable[[Layout], tuple[nn.Module, Tensor]]] = {
     "fcos": _fcos,
     "retinanet": _retinanet,
     "ssdlite": _ssdlite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from students.backbone import Backbone, SequentialBackbone, he_init
+from students.backbone import Backbone, SequentialBackbone, conv_bn_relu, he_init
 
 WIDTHS = (32, 64, 128)
 
@@ -21,27 +21,16 @@ def build_small_cnn(in_channels: int, image_size: int) -> Backbone:
     """
     first, second, third = WIDTHS
     modules = {
-        "stage1": _conv_bn_relu(in_channels, first, kernel_size=3),
-        "stage2": _conv_bn_relu(first, second, kernel_size=3, stride=2),
+        "stage1": conv_bn_relu(in_channels, first, kernel_size=3),
+        "stage2": conv_bn_relu(first, second, kernel_size=3, stride=2),
         # The second layer of the deepest stage is 1x1: one more nonlinearity before the
         # projection for a ninth of the cost of a 3x3, which would hold most of the parameters.
         "stage3": nn.Sequential(
-            _conv_bn_relu(second, third, kernel_size=3, stride=2),
-            _conv_bn_relu(third, third, kernel_size=1),
+            conv_bn_relu(second, third, kernel_size=3, stride=2),
+            conv_bn_relu(third, third, kernel_size=1),
         ),
     }
     channels = {"stage1": first, "stage2": second, "stage3": third}
     backbone = SequentialBackbone(modules, channels)
     he_init(backbone)
     return backbone
-
-
-def _conv_bn_relu(
-    in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1
-) -> nn.Sequential:
-    padding = kernel_size // 2
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )

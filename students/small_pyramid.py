@@ -1,4 +1,4 @@
-"""The default student of dense tasks on small images: a fine last map that has seen the whole image.
+"""A small student for dense tasks: a fine last map that has seen the whole image.
 
 Shape letters: N images, C,H,W image.
 """
@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from students.backbone import Backbone, he_init
+from students.backbone import Backbone, conv_bn_relu, he_init
 
 WIDTHS = (32, 64, 128, 128)
 MERGED = 128
@@ -33,11 +33,11 @@ class SmallPyramid(Backbone):
         before = in_channels
         for name, width in zip(STAGES, WIDTHS, strict=True):
             # The second convolution is left out where the map is largest and costs most.
-            rest = [] if name == STAGES[0] else [_conv_bn_relu(width, width, stride=1)]
-            self.add_module(name, nn.Sequential(_conv_bn_relu(before, width, stride=2), *rest))
+            rest = [] if name == STAGES[0] else [conv_bn_relu(width, width, stride=1)]
+            self.add_module(name, nn.Sequential(conv_bn_relu(before, width, stride=2), *rest))
             before = width
         self.lateral = nn.ModuleList(nn.Conv2d(width, MERGED, 1) for width in WIDTHS[1:])
-        self.merge = _conv_bn_relu(MERGED, MERGED, stride=1)
+        self.merged = conv_bn_relu(MERGED, MERGED, stride=1)
         he_init(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class SmallPyramid(Backbone):
         for lateral, name in zip(reversed(self.lateral[:-1]), reversed(STAGES[1:-1]), strict=True):  # type: ignore[arg-type,call-overload]
             stage = maps[name]
             above = lateral(stage) + functional.interpolate(above, stage.shape[2:], mode="nearest")
-        maps["merged"] = self.merge(above)
+        maps["merged"] = self.merged(above)
         return maps
 
 
@@ -67,11 +67,3 @@ def build_small_pyramid(in_channels: int, image_size: int) -> Backbone:
         and 128, and "merged" at stride 4 of width 128.
     """
     return SmallPyramid(in_channels)
-
-
-def _conv_bn_relu(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )

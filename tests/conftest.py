@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Several test processes share two cores; more threads than cores would make each of them crawl.
 torch.set_num_threads(1)
@@ -108,3 +110,46 @@ def learned() -> Callable[[Any], list[torch.Tensor]]:
         return [value.detach().clone() for value in found]
 
     return copies
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses on any device what would make the host wait for CUDA.
+
+    That are values that the host reads, results whose size depends on values, selections by a mask
+    among them, and tensors of the host's numbers, whose way to the device is waited for.
+    """
+
+    REFUSED = (
+        "_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "lift_fresh",
+        "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        selects = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for group in args[1:2] if isinstance(group, (list, tuple)) for index in group
+        )  # fmt: skip
+        if selects or name in self.REFUSED:
+            raise AssertionError(f"the host waits for the device: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[], AbstractContextManager[None]]:
+    """Makes a context in which whatever would make the host wait on CUDA raises."""
+
+    def wait(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the host waits for the device")
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with monkeypatch.context() as patch, _NoWaiting():
+            # Nothing is dispatched for these on a CPU.
+            for name in ("item", "tolist", "cpu", "numpy", "__bool__"):
+                patch.setattr(torch.Tensor, name, wait)
+            yield
+
+    return watched

@@ -241,6 +241,7 @@ def test_shipped_configurations_load_by_name_and_by_path_from_anywhere(tmp_path,
     ("content", "sentence"),
     [
         (b"a: [1", "is not valid YAML"),
+        (b"seed: 1\ndata:\n  path: a\n  path: b\n", "gives 'path' twice in one place (line 4)"),
         (b"\xff\xfe\x00binary", "is not valid YAML"),
         (b"- 1\n- 2", "must hold 'key: value' pairs"),
         (b"just text", "must hold 'key: value' pairs"),

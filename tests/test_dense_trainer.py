@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from repfusion_env import load_config
 from repfusion_env.frozen import build_frozen_parts
 from repfusion_env.fusion import probe_input
+from repfusion_env.tasks import detection_losses
 from repfusion_env.tasks.classification import ClassificationTask
 from repfusion_env.trainer import DistillationTrainer
 
@@ -71,6 +72,39 @@ def test_every_task_takes_the_same_steps_and_is_judged_by_its_own_loss(tiny, tas
     assert f"student/{trainer.task.score}" in trainer.drain_metrics()
 
 
+MOVED = {"rotation": 10.0, "scale": 0.1, "translation": 0.1, "jitter": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides"),
+    [
+        ("segmentation", {"augmentation": {"flip": True, **MOVED}, "segmentation.auxiliary": 0.4}),
+        ("segmentation", {"fusion": {"weights": "learned", "timesteps": [90]}}),
+        ("segmentation", {"fusion.layers": [1.0, 2.0], "reward": "student_gain"}),
+        ("segmentation", {"env.action": "timestep_and_layer"}),
+        ("landmarks", {"augmentation": MOVED, "landmarks.head": "deconv"}),
+        ("landmarks", {"landmarks.head": "hrnet", "reward": "teacher_probe"}),
+        ("detection", {"augmentation": {"flip": True, **MOVED}}),
+        ("detection", {"detection.head": "retinanet", "reward.lookahead": "gradient"}),
+        ("detection", {"detection.head": "ssdlite"}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "-".join(given),
+)
+def test_no_step_of_a_dense_task_waits_for_the_device(
+    tiny, monkeypatch, no_waiting, task, overrides
+):
+    trainer = _trainer(tiny, task, **overrides)
+    trainer.step(*_batch(0))
+    monkeypatch.setattr(trainer.updates, "watch", lambda _: None)
+    # On a CPU alone the columns without an object are left out.
+    monkeypatch.setattr(detection_losses, "most_objects", lambda valid: valid.shape[1])
+    batch = _batch(1)
+    with no_waiting():
+        trainer.step(*batch)
+        trainer.judge(trainer.parts.heldout, *batch)
+    assert trainer.steps == 2
+
+
 def test_the_look_ahead_moves_every_position_and_the_head_judges_the_moved_maps(tiny):
     trainer = _trainer(tiny, "segmentation", **{"reward.damping": 0.2})
     trainer.step(*_batch(0))
@@ -100,7 +134,7 @@ def test_the_look_ahead_moves_every_position_and_the_head_judges_the_moved_maps(
 
 def test_layers_that_leave_the_map_that_the_head_reads_alone_are_refused(tiny):
     # 16x16 and 32x32: nothing would be distilled into the last stage, and no reward differ.
-    finer = {"teacher.layers": LAYERS, "teacher.image_size": None}
+    finer = {"teacher": {"layers": LAYERS, "image_size": None, "standardize_images": 8}}
     with pytest.raises(
         ValueError, match=r"last stage 'stage3' alone, .* matched at stage1, stage2;"
     ):
@@ -163,7 +197,9 @@ def test_the_teacher_sees_the_very_images_that_the_student_sees(tiny, monkeypatc
     trainer = _trainer(tiny, "segmentation", augmentation={"flip": True})
     seen: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(
-        trainer, "augmentation", lambda images, answers, group: (images.flip(3), answers.flip(2))
+        trainer.augmentation,
+        "drawn_by",
+        lambda seed, images, answers, group: (images.flip(3), answers.flip(2)),
     )
     honest, losses = trainer.student.features, trainer.task.losses
     monkeypatch.setattr(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from repfusion_env import load_config
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.sb3 import RepFusionVecEnv
 
@@ -21,8 +22,17 @@ def on_gpu(tiny: dict[str, Any]) -> dict[str, Any]:
     return tiny | {"device": "cuda"}
 
 
-def test_a_step_waits_for_the_device_nowhere(on_gpu):
-    env = RepFusionVectorEnv(config=on_gpu)
+@pytest.mark.parametrize("task", ["classification", "segmentation", "landmarks", "detection"])
+def test_a_step_waits_for_the_device_nowhere(on_gpu, task):
+    dense = {
+        "task": task,
+        "data.name": "digit_scenes",
+        "distillation.dense": True,
+        "teacher.image_size": 16,
+        "augmentation": {"rotation": 10.0, "jitter": 0.2},
+    }
+    chosen = {} if task == "classification" else dense
+    env = RepFusionVectorEnv(config=load_config(load_config(on_gpu), chosen))
     env.reset(seed=0)
     actions = torch.zeros(env.num_envs, dtype=torch.int64, device=env.device)
     env.step(actions)  # the first one selects kernels

@@ -341,24 +341,16 @@ def test_distillation_lowers_its_loss_in_every_mode(tiny, overrides):
         {"fusion": {"weights": "learned", "timesteps": [90]}, "reward.lookahead": "gradient"},
     ],
 )
-def test_no_step_waits_for_the_device(tiny, monkeypatch, overrides):
+def test_no_step_waits_for_the_device(tiny, monkeypatch, no_waiting, overrides):
     """Whatever would make the host wait on CUDA raises here."""
     trainer = _trainer(tiny, **overrides)
     trainer.step(*_batch(0, size=4))
     ids, timesteps, visits = _batch(1, size=4)
     heldout = ids % 40
     monkeypatch.setattr(trainer.updates, "watch", lambda _: None)
-
-    def wait(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the host waits for the device")
-
-    for name in (
-        "item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.Tensor, name, wait)
-    trainer.step(ids, timesteps, visits)
-    trainer.judge(trainer.parts.heldout, heldout, timesteps, visits)
-    monkeypatch.undo()
+    with no_waiting():
+        trainer.step(ids, timesteps, visits)
+        trainer.judge(trainer.parts.heldout, heldout, timesteps, visits)
     assert trainer.steps == 2
 
 

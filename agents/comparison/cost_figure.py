@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from agents.comparison.arms import BEST_FIXED, GROUPS
-from agents.comparison.figures import color, number, ordered, panel_title, window
+from agents.comparison.panel_style import color, number, ordered, panel_title, window
 from agents.comparison.summary import REWARD, Summary
 from repfusion_env import plot_style as style
 

@@ -1,7 +1,4 @@
-"""The figures of a comparison.
-
-Colours say what kind of arm it is; what single arms are called stands beside them.
-"""
+"""The figures of a comparison."""
 
 from __future__ import annotations
 
@@ -12,22 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from agents.comparison.arms import BEST_FIXED, GROUPS, RANDOM
+from agents.comparison.arms import BEST_FIXED, RANDOM
+from agents.comparison.cost_figure import cost_figure
+from agents.comparison.panel_style import capital, color, number, ordered, window
 from agents.comparison.statistics import Estimate
 from agents.comparison.summary import REWARD, Summary
+from agents.comparison.sweep_figure import sweep_figure
 from agents.comparison.tables import task_name
 from repfusion_env import plot_style as style
 
-COLORS = {
-    "reference": style.INK,
-    "fixed": style.MUTED,
-    "simple": style.MUTED,
-    "bandit": style.GREEN,
-    "rl": style.BLUE,
-    "labels": style.RED,
-    "self": style.ORANGE,
-    "own": "#8e5bb5",
-}
 KINDS = {
     "linear": "Linear probe",
     "head": "Head alone",
@@ -36,15 +26,10 @@ KINDS = {
 }
 # Inches.
 ROW, PANEL, NAMES = 0.27, 1.75, 1.9
-# How many times the spread of the better half an arm may lie below the best and still be shown.
-OUTLIER = 5.0
 
 
 def draw(summary: Summary) -> dict[str, Figure]:
     """The figures that the results allow, by file name without its suffix."""
-    from agents.comparison.cost_figure import cost_figure
-    from agents.comparison.sweep_figure import sweep_figure
-
     made = {
         "arms": arms_figure(summary),
         "sweep": sweep_figure(summary) if len(summary.sweep) > 1 else None,
@@ -100,7 +85,7 @@ def improvement_figure(summary: Summary) -> Figure | None:
         axes.set_xticks([0, 0.5, 1.0], ["0", "0.5", "1"])
         over = summary.runs[other].arm.label
         axes.set_title(
-            _capital(kind), loc="left", fontsize=9, color=style.INK, fontweight="bold", pad=17
+            capital(kind), loc="left", fontsize=9, color=style.INK, fontweight="bold", pad=17
         )
         axes.text(
             0, 1, f"over {over}", transform=axes.transAxes, fontsize=8, color=style.MUTED,
@@ -113,17 +98,6 @@ def improvement_figure(summary: Summary) -> Figure | None:
         f"interval; {_measured(summary)}",
     )
     return figure
-
-
-def ordered(summary: Summary) -> list[str]:
-    """The arms but for the sweep, group by group."""
-    shown = summary.shown
-    return [name for group in GROUPS for name in shown if summary.runs[name].arm.group == group]
-
-
-def color(summary: Summary, name: str) -> str:
-    """An arm's colour, by its group."""
-    return COLORS[summary.runs[name].arm.group]
 
 
 def _dot_panels(summary: Summary, rows: Sequence[str], count: int) -> tuple[Figure, list[Axes]]:
@@ -190,45 +164,6 @@ def _rows(
     axes.tick_params(axis="x", labelsize=7.5)
 
 
-def window(
-    found: dict[str, Estimate | None], scale: float, sign: float = 1.0
-) -> tuple[float, float]:
-    """Where the values are that can be told apart: without bad outliers, with some room.
-
-    An arm far worse than all others, as an untrained student, would push these into one point.
-
-    Args:
-        found: By arm.
-        scale: From a value to what is shown.
-        sign: -1 of an error, whose outliers are high.
-    """
-    if sign < 0:
-        turned = {
-            name: found and Estimate(-found.value, -found.high, -found.low, found.runs)
-            for name, found in found.items()
-        }
-        low, high = window(turned, scale)
-        return -high, -low
-    known = [estimate for estimate in found.values() if estimate is not None]
-    known.sort(key=lambda estimate: -estimate.value)
-    ends = [
-        (
-            estimate.low if np.isfinite(estimate.low) else estimate.value,
-            estimate.high if np.isfinite(estimate.high) else estimate.value,
-        )
-        for estimate in known
-    ]
-    high = max(end for _, end in ends)
-    low = ends[0][0]
-    half = ends[len(ends) // 2][0]
-    spread = max(high - half, 1e-3 * abs(high), 1e-9)
-    for begin, _ in ends:
-        if begin > high - OUTLIER * spread:
-            low = min(low, begin)
-    room = 0.07 * max(high - low, 1e-9)
-    return scale * (low - room), scale * (high + room)
-
-
 def _clip(
     axes: Axes,
     summary: Summary,
@@ -270,11 +205,6 @@ def _reference_lines(axes: Axes, found: dict[str, Estimate | None], scale: float
             )
 
 
-def _capital(text: str) -> str:
-    """With a capital letter, but for names such as ``mIoU``."""
-    return text[0].upper() + text[1:] if text[:2].islower() else text
-
-
 def _measured(summary: Summary) -> str:
     if summary.headline.name == "accuracy":
         return "accuracy: mean over linear probes and fine-tuning"
@@ -296,14 +226,6 @@ def _task_heading(summary: Summary, task: str) -> str:
     )
 
 
-def panel_title(summary: Summary, task: str) -> str:
-    """What a panel of one task is called; of dense tasks the metric stands below."""
-    title = _capital(task_name(task))
-    if task == REWARD or summary.headline.name == "accuracy":
-        return title
-    return f"{title}\n{summary.headline.legend}"
-
-
 def _heading(figure: Figure, title: str, below: str) -> None:
     height = figure.get_size_inches()[1]
     for text, inches, size, ink, weight in (
@@ -315,11 +237,6 @@ def _heading(figure: Figure, title: str, below: str) -> None:
             fontweight=weight,
         )  # fmt: skip
         shown.set_parse_math(False)
-
-
-def number(value: float) -> str:
-    """With a true minus sign, without needless zeros."""
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _seeds(summary: Summary) -> str:

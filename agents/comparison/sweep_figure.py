@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from agents.comparison.arms import RANDOM
-from agents.comparison.figures import COLORS, number, panel_title
+from agents.comparison.panel_style import COLORS, number, panel_title
 from agents.comparison.statistics import Estimate
 from agents.comparison.summary import REWARD, Summary
 from repfusion_env import plot_style as style

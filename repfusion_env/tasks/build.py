@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from repfusion_env import registry
+from repfusion_env.augmentation import make_augmentation
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.data.pseudo_labels import require_labels
@@ -23,15 +24,18 @@ def check_task(config: ExperimentConfig, train: ImageBank, heldout: ImageBank) -
     """Refuse banks that lack what the task is to predict, before a teacher is loaded.
 
     Raises:
+        ConfigError: The images are to be mirrored, and what their targets become is not known.
         ValueError: With one sentence.
     """
     task = build_task(config, train)
     if task.annotation == "labels" and config.data.labels == "given":
         require_labels(train, "the task")
-    check_heldout(config, heldout, config.evaluation.images)
+    # Mirroring may be refused, too.
+    make_augmentation(config, train, task.annotation)
+    check_heldout(config, heldout)
 
 
-def check_heldout(config: ExperimentConfig, heldout: ImageBank, images: int | None) -> None:
+def check_heldout(config: ExperimentConfig, heldout: ImageBank, images: int | None = None) -> None:
     """Refuse held-out images that cannot be measured: a whole run would end without a number.
 
     Args:

@@ -15,8 +15,8 @@ from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.annotations import NO_BOX, Boxes
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.tasks import Shape
+from repfusion_env.tasks.detection_boxes import box_ious
 from repfusion_env.tasks.detection_decoding import READINGS, detections, surest
-from repfusion_env.tasks.detection_losses import box_ious
 from repfusion_env.tasks.detection_metric import MeanPrecision
 from repfusion_env.tasks.pictures import LEAST_SCORE, draw_boxes
 from repfusion_env.tasks.requirements import require_annotation

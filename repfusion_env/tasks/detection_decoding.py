@@ -13,15 +13,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from repfusion_env.data.annotations import NO_BOX
-from repfusion_env.tasks.detection_losses import (
-    FCOS_CODER,
-    RETINANET_CODER,
-    SSD_CODER,
-    decoded,
-    fcos_losses,
-    retinanet_losses,
-    ssd_losses,
-)
+from repfusion_env.tasks.detection_boxes import FCOS_CODER, RETINANET_CODER, SSD_CODER
+from repfusion_env.tasks.detection_losses import fcos_losses, retinanet_losses, ssd_losses
 
 # As many as the metric counts in an image, and how many go into the suppression of doubles.
 MOST_OBJECTS = 100
@@ -106,7 +99,7 @@ def _fcos_scores(outputs: dict[str, Tensor]) -> Tensor:
 
 
 def _retinanet_boxes(outputs: dict[str, Tensor]) -> Tensor:
-    return decoded(RETINANET_CODER, outputs)
+    return RETINANET_CODER.decode(outputs["bbox_regression"].float(), outputs["anchors"])
 
 
 def _retinanet_scores(outputs: dict[str, Tensor]) -> Tensor:
@@ -114,7 +107,7 @@ def _retinanet_scores(outputs: dict[str, Tensor]) -> Tensor:
 
 
 def _ssd_boxes(outputs: dict[str, Tensor]) -> Tensor:
-    return decoded(SSD_CODER, outputs)
+    return SSD_CODER.decode(outputs["bbox_regression"].float(), outputs["anchors"])
 
 
 def _ssd_scores(outputs: dict[str, Tensor]) -> Tensor:

@@ -2,9 +2,8 @@
 
 The detectors' own ``compute_loss`` goes through the images one by one, selects positions, which
 makes the device wait, and gives one number for the whole batch. Here the same sums are taken over
-all positions of all images at once, with the library's focal loss, IoU loss and box coders; what
-is not matched is weighted by 0. A sample's loss is what ``compute_loss`` says of it alone; tests
-compare the two.
+all positions of all images at once; what is not matched is weighted by 0. A sample's loss is what
+``compute_loss`` says of it alone; tests compare the two.
 
 Shape letters: B samples, A anchors, G most objects of an image, K classes.
 """
@@ -16,13 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
-# Each detector's own, as torchvision has them.
-FCOS_CODER = BoxLinearCoder(normalize_by_size=True)
-RETINANET_CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
-SSD_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
+from repfusion_env.tasks.detection_boxes import (
+    FCOS_CODER,
+    RETINANET_CODER,
+    SSD_CODER,
+    box_ious,
+    generalized_iou_losses,
+)
 
 BACKGROUND = -1
 UNDECIDED = -2
@@ -56,7 +57,7 @@ def fcos_losses(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     rows = anchors.expand_as(goal)
     predicted = FCOS_CODER.decode(outputs["bbox_regression"].float(), rows)
     focal = sigmoid_focal_loss(logits, _one_hot(classes, logits)).sum((1, 2))
-    place = generalized_box_iou_loss(predicted, goal)
+    place = generalized_iou_losses(predicted, goal)
     sides = FCOS_CODER.encode(rows, goal)
     pairs = torch.stack([sides[..., 0::2], sides[..., 1::2]], dim=2)  # left, right; top, bottom
     centre = (pairs.amin(3) / pairs.amax(3).clamp_min(1e-6)).prod(2).clamp(0, 1).sqrt()
@@ -80,8 +81,8 @@ def retinanet_losses(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     goal, classes, weight, count = _matched(matched, anchors, boxes, labels)
     focal = sigmoid_focal_loss(logits, _one_hot(classes, logits)).sum(2)
     focal = (focal * (matched != UNDECIDED)).sum(1)
-    predicted = decoded(RETINANET_CODER, outputs)
-    return (focal + (generalized_box_iou_loss(predicted, goal) * weight).sum(1)) / count
+    predicted = RETINANET_CODER.decode(outputs["bbox_regression"].float(), anchors)
+    return (focal + (generalized_iou_losses(predicted, goal) * weight).sum(1)) / count
 
 
 def ssd_losses(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
@@ -108,9 +109,7 @@ def ssd_losses(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     numbers = torch.arange(order.shape[1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, numbers)
     counted = found | (rank < NEGATIVES * count[:, None])
-    rows = anchors.expand_as(goal)
-    wanted = SSD_CODER.encode_single(goal.flatten(0, 1), rows.flatten(0, 1)).view_as(goal)
-    moved = outputs["bbox_regression"].float()
+    moved, wanted = outputs["bbox_regression"].float(), SSD_CODER.encode(goal, anchors)
     place = functional.smooth_l1_loss(moved, wanted, reduction="none").sum(2)
     return ((entropy * counted).sum(1) + (place * weight).sum(1)) / count
 
@@ -130,14 +129,23 @@ def in_parts(
     Returns:
         int64 (B, A).
     """
-    cpu = boxes.device.type == "cpu"
-    rows = max(1, (CPU_PAIRS if cpu else PAIRS) // max(1, boxes.shape[1] * len(anchors)))
+    pairs = CPU_PAIRS if boxes.device.type == "cpu" else PAIRS
+    rows = max(1, pairs // max(1, boxes.shape[1] * len(anchors)))
     parts = []
     for some, real in zip(boxes.split(rows), valid.split(rows), strict=True):
-        # Another device would have to be waited for.
-        last = int(real.any(0).nonzero().max()) + 1 if cpu and bool(real.any()) else real.shape[1]
-        parts.append(match(anchors, some[:, :last], real[:, :last]))
+        most = most_objects(real)
+        parts.append(match(anchors, some[:, :most], real[:, :most]))
     return torch.cat(parts)
+
+
+def most_objects(valid: Tensor) -> int:
+    """Columns of ``valid`` (B, G) up to the last that holds an object, at least one.
+
+    All of them where it is not on a CPU: another device would have to be waited for.
+    """
+    if valid.device.type != "cpu":
+        return valid.shape[1]
+    return int((valid.any(0) * torch.arange(1, valid.shape[1] + 1)).max().clamp_min(1))
 
 
 def match_points(anchors: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
@@ -214,33 +222,6 @@ def match_default_boxes(
     forced = torch.full_like(matched, BACKGROUND)
     forced = forced.scatter_reduce(1, overlap.argmax(2), own, "amax")
     return torch.where(forced >= 0, forced, matched)
-
-
-def box_ious(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of each box with each other one of the same sample.
-
-    Args:
-        boxes: (B, G, 4) left, top, right, bottom.
-        others: (B, A, 4), or (1, A, 4) for all samples.
-
-    Returns:
-        (B, G, A) in [0, 1]; 0 where both have no area.
-    """
-    x0, y0, x1, y1 = boxes[..., None].unbind(2)  # (B, G, 1)
-    u0, v0, u1, v1 = others[:, None].unbind(3)  # (B, 1, A)
-    wide = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp_min_(0)
-    high = (torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp_min_(0)
-    shared = wide.mul_(high)
-    union = (x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - shared
-    return shared.div_(union.clamp_min_(1e-9))
-
-
-def decoded(coder: BoxCoder, outputs: dict[str, Tensor]) -> Tensor:
-    """Boxes (B, A, 4) in pixels that an anchor-based detector means."""
-    moves = outputs["bbox_regression"].float()
-    flat = coder.decode_single(moves.flatten(0, 1), outputs["anchors"].flatten(0, 1))
-    boxes: Tensor = flat.view_as(moves)
-    return boxes
 
 
 def _read(outputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

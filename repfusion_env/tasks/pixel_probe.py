@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from repfusion_env.command_line import INTERRUPTED, WRONG_USE, Parser, is_ours, number
 from repfusion_env.config_loading import ConfigError, check, merge, read_config_file
-from repfusion_env.config_options import read_options
+from repfusion_env.config_options import key_overrides
 from repfusion_env.tasks.pixel_probing.settings import PixelProbeSettings
 
 PROG = "python -m repfusion_env.tasks.pixel_probe"
@@ -94,23 +93,9 @@ def parser() -> Parser:
     return made
 
 
-def overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``--key value`` and ``--key=value`` pairs of configuration keys.
-
-    Raises:
-        ConfigError: With a sentence for each that is none.
-    """
-    problems: list[str] = []
-    own = [action.option_strings[-1][2:] for action in parser()._actions]
-    found = read_options(arguments, problems, known=own)
-    if problems:
-        raise ConfigError(problems)
-    return found
-
-
 def _run(arguments: list[str]) -> int:
     chosen, others = parser().parse_known_args(arguments)
-    config = check(merge(read_config_file(chosen.config), overrides(others)))
+    config = check(merge(read_config_file(chosen.config), key_overrides(others, parser())))
     settings = PixelProbeSettings(
         timesteps=tuple(chosen.timesteps),
         layers=tuple(chosen.layers),

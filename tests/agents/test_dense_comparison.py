@@ -13,7 +13,8 @@ import pytest
 from agents import compare
 from agents.comparison import stage_two
 from agents.comparison.arms import chosen_arms, shipped_arms
-from agents.comparison.figures import draw, window
+from agents.comparison.figures import draw
+from agents.comparison.panel_style import window
 from agents.comparison.plan import Plan, save_plan
 from agents.comparison.statistics import Estimate
 from agents.comparison.summary import as_dict, summarize

@@ -148,7 +148,7 @@ def test_a_bank_without_split_keeps_annotations_with_their_images(tmp_path):
         ({"train_keypoints": np.zeros((5, 4, 3))}, "numbers of shape (M, P, 2), not float64"),
         ({"train_keypoints": np.zeros((4, 4, 2))}, "5 train_images but 4 train_keypoints"),
         ({"train_keypoints": np.zeros((5, 0, 2))}, "has no points, (5, 0, 2); at least one is"),
-        ({"test_keypoints": np.full((3, 4, 2), np.inf)}, "point 0 of image 0 is at (inf, inf), out"),
+        ({"test_keypoints": np.full((3, 4, 2), np.inf)}, "point 0 of image 0 is at (inf, inf)"),
         ({"test_keypoints": np.zeros((3, 9, 2))}, "train_keypoints has 4 and test_keypoints has 9"),
         ({"normalizer": np.array([0, 4])}, "the normaliser (0, 4) names none of the 4 points"),
         ({"normalizer": np.array([0.5, 1])}, "normalizer must be 2 whole numbers"),

@@ -20,7 +20,8 @@ def refusal(name: str, in_channels: int = 1, image_size: int = 32, pretrained: b
 
 def test_misspelt_student_is_answered_with_the_closest_and_all_known_names() -> None:
     assert refusal("resnt18") == (
-        "Unknown student 'resnt18'; did you mean 'resnet18'? Known: 'small_cnn', 'small_pyramid', 'resnet18', "
+        "Unknown student 'resnt18'; did you mean 'resnet18'? Known: 'small_cnn', "
+        "'small_pyramid', 'resnet18', "
         "'mobilenetv2', 'wideresnet28_2', 'bisenet_resnet18', 'bisenet_resnet50', "
         "'torchvision/<name>', 'timm/<name>', or your own as 'module:function'."
     )

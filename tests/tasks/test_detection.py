@@ -13,7 +13,8 @@ from repfusion_env.data.annotations import Boxes, padded_boxes
 from repfusion_env.data.bank import UNLABELLED, ImageBank
 from repfusion_env.data.digit_scenes import load
 from repfusion_env.tasks.detection import DetectionTask
-from repfusion_env.tasks.detection_losses import FCOS_CODER, match_points
+from repfusion_env.tasks.detection_boxes import FCOS_CODER
+from repfusion_env.tasks.detection_losses import match_points
 from repfusion_env.tasks.detection_metric import MeanPrecision
 from students.detection import HEADS
 

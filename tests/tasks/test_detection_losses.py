@@ -11,8 +11,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
+from repfusion_env.tasks.detection_boxes import box_ious
 from repfusion_env.tasks.detection_decoding import READINGS, detections
-from repfusion_env.tasks.detection_losses import box_ious
 from students.detection import HEADS, Detector
 
 SIDE, CLASSES = 64, 3

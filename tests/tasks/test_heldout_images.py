@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agents.controls import ControlTrainer
-from repfusion_env import load_config
+from repfusion_env import ConfigError, load_config
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.frozen import build_frozen_parts
 
@@ -50,7 +50,7 @@ def _config(path: Path, tiny: dict[str, Any], task: str, empty: int) -> Experime
     np.savez(path, **arrays)
     dense = {"task": task, "distillation.dense": True, "data.name": "npz", "data.path": str(path)}
     limits = {"data.train_limit": None, "data.heldout_limit": None}
-    return load_config(load_config(tiny), dense | limits | {"evaluation.images": 3})
+    return load_config(load_config(tiny), dense | limits)
 
 
 @pytest.mark.parametrize("task", ["segmentation", "landmarks", "detection"])
@@ -62,14 +62,23 @@ def test_heldout_images_that_say_nothing_are_refused_at_once(
         raise AssertionError("a teacher was loaded")
 
     monkeypatch.setattr("repfusion_env.frozen.load_teacher", loaded)
-    config = _config(tmp_path / "toy.npz", tiny, task, 3)
-    with pytest.raises(ValueError, match="meant are the first 3 held-out images") as caught:
+    config = _config(tmp_path / "toy.npz", tiny, task, 6)
+    with pytest.raises(ValueError, match="meant are the held-out images") as caught:
         build(config)
     assert "'toy'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_mirroring_points_without_pairs_is_refused_before_a_teacher_is_loaded(
+    tmp_path, tiny, monkeypatch
+):
+    monkeypatch.setattr("repfusion_env.frozen.load_teacher", lambda *_, **__: pytest.fail("loaded"))
+    config = _config(tmp_path / "toy.npz", tiny, "landmarks", 0)
+    with pytest.raises(ConfigError, match=r"augmentation\.flip: the keypoints of data set 'toy'"):
+        build_frozen_parts(load_config(config, {"augmentation.flip": True}))
+
+
 @pytest.mark.parametrize("task", ["segmentation", "landmarks", "detection"])
-def test_one_heldout_image_of_those_measured_is_enough(tmp_path, tiny, task):
-    trainer = ControlTrainer(_config(tmp_path / "toy.npz", tiny, task, 2), "supervised")
+def test_one_heldout_image_that_says_something_is_enough(tmp_path, tiny, task):
+    trainer = ControlTrainer(_config(tmp_path / "toy.npz", tiny, task, 5), "supervised")
     assert np.isfinite(trainer.heldout_metrics()[trainer.task.headline])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from repfusion_env.config import DataConfig
 from repfusion_env.config_loading import load_config
+from repfusion_env.config_options import key_overrides
 from repfusion_env.data import load_data
 from repfusion_env.data.annotations import Masks
 from repfusion_env.data.bank import UNLABELLED, ImageBank
@@ -299,7 +300,7 @@ def test_the_documented_commands_and_defaults_are_the_commands_own() -> None:
     assert len(commands) == 3
     for arguments in commands:
         _, others = pixel_probe.parser().parse_known_args(arguments)
-        pixel_probe.overrides(others)
+        key_overrides(others, pixel_probe.parser())
     rows = dict(re.findall(r"^\| `--(\w+) [^`]*` \|.*\| `?([^|`]+)`? \|$", page, re.M))
     parser = pixel_probe.parser()
     for name in ("images", "members", "repeats", "timesteps"):

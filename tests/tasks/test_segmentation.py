@@ -179,7 +179,7 @@ def test_masks_of_another_size_than_the_images_are_refused():
 
 def test_masks_without_a_counting_pixel_are_refused():
     masks = torch.full((3, 8, 8), IGNORE, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="no pixel of data set 'workshop' counts: its 3 masks hold"):
+    with pytest.raises(ValueError, match="no pixel of data set 'workshop' counts: its 3 masks"):
         _task(masks)
     masks[2, 7, 7] = 1
     assert _task(masks).classes == CLASSES
