@@ -25,6 +25,7 @@ from repfusion_env.tasks.pictures import LEAST_SCORE, RGB, class_colors, fit
 SHOWN = 6
 # Pixels.
 SIDE, GAP = 240, 12
+PAPER = 245  # grey level
 LEFT, RIGHT, TOP, SCORES = 148, 28, 70, 34
 LEGEND_ROW, LEGEND_LETTER, DPI = 24, 7.5, 100
 
@@ -34,7 +35,7 @@ class Predictions:
     """Pictures of B images, each uint8 (side, side, 3), and what belongs to them.
 
     Attributes:
-        images: As they are.
+        images: As they are; none where a data set's terms forbid showing them.
         truths: With what is known of them.
         answers: With what the student says.
         scores: How much of each is solved, in [0, 1], or whether it is.
@@ -60,6 +61,7 @@ def draw_predictions(
     bank: ImageBank,
     count: int = SHOWN,
     side: int = SIDE,
+    photographs: bool = True,
 ) -> Predictions:
     """Draw images of a bank, the same for every student, by the task.
 
@@ -70,6 +72,7 @@ def draw_predictions(
         bank: Usually the held-out images; those shown are evenly spaced in it.
         count: B, at most.
         side: Of each picture, in pixels.
+        photographs: Whether the images are shown; else masks, points and boxes stand on paper.
     """
     count = min(count, len(bank))
     ids = torch.linspace(0, len(bank) - 1, count, device=bank.device).round().long()
@@ -77,10 +80,12 @@ def draw_predictions(
     found = outputs(pixels)
     said = task.predict(found)
     images = [image_colors(image) for image in pixels.cpu().numpy()]
+    if not photographs:
+        images = [np.full_like(image, PAPER) for image in images]
     truths, answers = targets.cpu(), comparable(task, said, targets).cpu()
     sure = f" (score ≥ {LEAST_SCORE:g})" if task.annotation == "boxes" else ""
     return Predictions(
-        images=[fit(image, side) for image in images],
+        images=[fit(image, side) for image in images] if photographs else [],
         truths=[task.draw(*pair, side) for pair in zip(images, truths, strict=True)],
         answers=[task.draw(*pair, side) for pair in zip(images, answers, strict=True)],
         scores=task.correct(found, targets).cpu().tolist(),
@@ -113,15 +118,22 @@ def prediction_figure(predictions: Predictions, title: str) -> Figure:
     Raises:
         ValueError: There are no pictures, or not as many of each.
     """
-    columns = [predictions.images, predictions.truths, predictions.answers]
+    named = {
+        "image": predictions.images,
+        "ground truth": predictions.truths,
+        predictions.answer_name: predictions.answers,
+    }
+    if not predictions.images:
+        del named["image"]
+    columns = list(named.values())
     counts = {len(predictions.scores), *map(len, columns)}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"as many pictures of each kind as scores, at least 1; not {counts}")
     (count,) = counts
-    side = len(predictions.images[0])
+    side, rows = len(predictions.truths[0]), len(columns)
     width = LEFT + count * side + (count - 1) * GAP + RIGHT
     per_row, legend_rows = _legend_grid(predictions.colors, width - LEFT - RIGHT)
-    height = TOP + 3 * (side + GAP) + SCORES + legend_rows * LEGEND_ROW + GAP
+    height = TOP + rows * (side + GAP) + SCORES + legend_rows * LEGEND_ROW + GAP
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=style.PAPER)
 
     def text(x: float, y: float, content: str, size: float, color: str, **more: Any) -> None:
@@ -137,15 +149,14 @@ def prediction_figure(predictions: Predictions, title: str) -> Figure:
         )
 
     text(RIGHT, 40, shortened(title, width // 10), 14, style.INK, fontweight="bold")
-    names = ("image", "ground truth", predictions.answer_name)
-    for row, (name, pictures) in enumerate(zip(names, columns, strict=True)):
+    for row, (name, pictures) in enumerate(named.items()):
         top = TOP + row * (side + GAP)
         text(RIGHT, top + 14, name.replace(" (", "\n("), 11, style.INK, va="top")
         for column, picture in enumerate(pictures):
             x = LEFT + column * (side + GAP)
             # From the lower left, unscaled: what was drawn is what is seen.
             figure.figimage(picture, x, height - top - side, origin="upper")
-    y = TOP + 3 * (side + GAP) + 10
+    y = TOP + rows * (side + GAP) + 10
     text(RIGHT, y, shortened(predictions.score_name, 20), 9, style.MUTED)
     for column, score in enumerate(predictions.scores):
         x = LEFT + column * (side + GAP)
@@ -156,7 +167,7 @@ def prediction_figure(predictions: Predictions, title: str) -> Figure:
     for index, (name, color) in enumerate(predictions.colors.items()):
         row, column = divmod(index, per_row)
         x = LEFT + column * ((width - LEFT - RIGHT) // per_row)
-        y = TOP + 3 * (side + GAP) + SCORES + row * LEGEND_ROW
+        y = TOP + rows * (side + GAP) + SCORES + row * LEGEND_ROW
         shade = tuple(part / 255 for part in color)
         figure.add_artist(
             Rectangle(

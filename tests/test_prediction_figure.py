@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -183,3 +184,17 @@ def test_what_is_shown_does_not_depend_on_the_random_state(scenes: ImageBank):
     task, state = task_of("segmentation", scenes), torch.get_rng_state()
     draw_predictions(task, lambda images: torch.zeros(len(images), 11, 8, 8), scenes)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_without_photographs_nothing_of_the_images_is_in_the_figure(scenes: ImageBank):
+    """Predictions come from the true images; black ones in their place change no pixel."""
+    task = task_of("segmentation", scenes)
+    logits = torch.randn(20, 11, 32, 32, generator=torch.Generator().manual_seed(0))
+    figures = []
+    for bank in (scenes, replace(scenes, images=torch.zeros_like(scenes.images))):
+        shown = draw_predictions(task, lambda x: logits[: len(x)], bank, 2, photographs=False)
+        assert shown.images == []
+        figures.append(prediction_figure(shown, "masks alone"))
+    assert np.array_equal(*map(pixels_of, figures))
+    assert "image" not in words_of(figures[0]) and "ground truth" in words_of(figures[0])
+    assert figures[0].get_figheight() < prediction_figure(made_up(2), "all").get_figheight()

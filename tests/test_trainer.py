@@ -368,6 +368,16 @@ def test_a_saved_trainer_goes_on_to_the_last_bit(tiny, learned):
     assert trainer.drain_metrics() == resumed.drain_metrics()
 
 
+def test_a_trainer_saved_by_an_earlier_version_goes_on(tiny):
+    trainer, resumed = _trainer(tiny), _trainer(tiny)
+    trainer.step(*_batch(0, size=3))
+    state = copy.deepcopy(trainer.state_dict())
+    del state["recent"]["beside"]  # augmented images: once there were none
+    resumed.load_state_dict(state)
+    first, second = trainer.step(*_batch(1, size=3)), resumed.step(*_batch(1, size=3))
+    assert torch.equal(first.reward, second.reward)
+
+
 def test_learning_rates_follow_their_schedule_over_the_runs_decisions(tiny):
     # 400 decisions of 4 lanes: 100 steps.
     trainer = _trainer(tiny, **{"optimizer.schedule": "multistep"})
