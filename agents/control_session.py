@@ -17,6 +17,7 @@ from agents.reporting import metric_words, predictions_of, predictions_title
 from agents.session import BaseSession
 from repfusion_env import plot_style as style
 from repfusion_env.config import ExperimentConfig
+from repfusion_env.data.unreadable import unreadable_images
 from repfusion_env.figures import save_figure
 from repfusion_env.progress import Progress
 from repfusion_env.runs import Run, writing
@@ -107,6 +108,7 @@ class ControlSession(BaseSession):
             "decisions_per_second": decisions / seconds,
             "seconds": seconds,
             "teacher_evaluations": {"setup": 0, "training": 0},
+            **unreadable_images(self.trainer.parts.train, self.trainer.parts.heldout),
         }
         folder = self.run.folder
         with writing(folder):

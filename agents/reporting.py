@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from agents.command_line import script_of
 from agents.evaluation import Evaluation, Predictor, linear_probe_accuracy
+from repfusion_env.data.unreadable import unreadable_images
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
 from repfusion_env.layer_names import short_names
@@ -70,9 +71,7 @@ def report(
     if found.layers is not None:
         shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
         summary["layer"] = dict(zip(found.layer_names, shares.tolist(), strict=True))
-    unreadable = [*trainer.parts.train.skipped, *trainer.parts.heldout.skipped]
-    if unreadable:
-        summary["unreadable_images"] = unreadable
+    summary |= unreadable_images(trainer.parts.train, trainer.parts.heldout)
     _draw(run, env, found, decisions)
     run.write_summary(summary)
     _print(run, found, summary, metric_words(trainer.task, found.metrics))
@@ -248,7 +247,7 @@ def _print(run: Run, found: Evaluation, summary: dict[str, Any], words: str) -> 
     }
     if "unreadable_images" in summary:
         count = len(summary["unreadable_images"])
-        lines["left out"] = f"{count:,} unreadable image(s), listed in summary.json"
+        lines["skipped"] = f"{count:,} unreadable image(s), listed in summary.json"
     for name, text in lines.items():
         console.print(f"{name + ':':9}{text}", highlight=False, soft_wrap=True, markup=False)
 

@@ -25,6 +25,7 @@ from repfusion_env.command_line import (
     number,
     stop_flag,
 )
+from repfusion_env.data.unreadable import unreadable_images
 from repfusion_env.stage2.files import (
     check_new,
     folder_name,
@@ -165,6 +166,7 @@ def _train(
         "steps": result.steps,
         "seconds": result.seconds,
         "seed": config.seed,
+        **unreadable_images(train, heldout),
     }
     _write(folder, result, summary, heldout)
     loss = "cross-entropy" if task.annotation == "labels" else "loss"

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import threading
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from repfusion_env.data.bank import ImageBank
 
 MOST_NAMED = 3
+
+
+def unreadable_images(train: ImageBank, heldout: ImageBank) -> dict[str, list[str]]:
+    """What a run's summary says of images that were left out: nothing, or all of the sentences."""
+    found = [*train.skipped, *heldout.skipped]
+    return {"unreadable_images": found} if found else {}
 
 
 class Unreadable:

@@ -22,6 +22,8 @@ from repfusion_env.tasks.requirements import require_annotation
 # Without `landmarks.stride`: the papers' 4, or less where the heatmaps would be smaller than this.
 SMALLEST_SIDE = 32
 LARGEST_STRIDE = 4
+# Of fewer pixels nothing can be told apart.
+SMALLEST_HEATMAP = 4
 
 
 class LandmarksTask:
@@ -30,7 +32,8 @@ class LandmarksTask:
     What a head returns are logits of heatmaps, (B, P, h, w), of any size.
 
     Raises:
-        ValueError: The bank has no keypoints, or none of its images can be measured.
+        ValueError: The bank has no keypoints, none of its images can be measured, or
+            ``landmarks.stride`` leaves no heatmap worth the name.
     """
 
     annotation = "keypoints"
@@ -55,6 +58,13 @@ class LandmarksTask:
             )
         self.points = keypoints.points.shape[1]
         self.config = config.landmarks
+        side, stride = min(bank.shape[1:]), self.config.stride
+        if stride is not None and side // stride < SMALLEST_HEATMAP:
+            raise ValueError(
+                f"landmarks.stride: {stride} given, but the images of data set '{bank.name}' are "
+                f"{bank.shape[2]}x{bank.shape[1]} pixels, and a heatmap has at least "
+                f"{SMALLEST_HEATMAP} in its side; allowed: 1..{max(1, side // SMALLEST_HEATMAP)}"
+            )
         self.reads = "stages" if self.config.head == "hrnet" else "last"
         self.heatmaps = Heatmaps((bank.shape[1], bank.shape[2]), self.config.sigma)
 

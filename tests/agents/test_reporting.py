@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents import train_control
 from agents.evaluation import evaluate, linear_probe_accuracy
 from agents.reporting import log_evaluation, teacher_evaluations
 from agents.train_reinforce import main
+from repfusion_env import finetune
 from repfusion_env.config_loading import load_config
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.runs import Run
@@ -223,7 +225,7 @@ def test_teacher_evaluations_are_the_images_that_its_network_saw(changes, monkey
 
 
 def test_images_that_could_not_be_read_are_listed_in_the_summary(
-    experiment: Callable[..., Path], tmp_path: Path
+    experiment: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     pixels = np.random.default_rng(0).integers(0, 255, (24, 16, 16), dtype=np.uint8)
     for number, image in enumerate(pixels):
@@ -237,5 +239,13 @@ def test_images_that_could_not_be_read_are_listed_in_the_summary(
     words = [f"--data.{key}={value}" for key, value in data.items()]
     with pytest.warns(RuntimeWarning, match=r"0\.png"):
         assert main(["--config", str(config), "--run.name", "r", *words]) == 0
-    (listed,) = json.loads((tmp_path / "r" / "summary.json").read_text())["unreadable_images"]
-    assert "0.png" in listed
+    with pytest.warns(RuntimeWarning, match=r"0\.png"):
+        control = ["--config", str(config), "--run.name", "c", "--method", "simclr", *words]
+        assert train_control.main(control) == 0
+    with pytest.warns(RuntimeWarning, match=r"0\.png"):
+        assert finetune.main([str(tmp_path / "r"), "--labels", "4", "--steps", "1"]) == 0
+    assert "skipped: 1 unreadable image(s), listed in summary.json" in capsys.readouterr().out
+    for folder in ("r", "c", "r/finetune-4"):
+        summary = json.loads((tmp_path / folder / "summary.json").read_text())
+        (listed,) = summary["unreadable_images"]
+        assert "0.png" in listed

@@ -201,6 +201,12 @@ def test_stride_sets_the_size_of_heatmaps_and_is_by_default_4_but_for_small_imag
     assert default.head([(4, 2, 2)])(torch.zeros(1, 4, 2, 2)).shape == (1, 4, 32, 32)
 
 
+def test_stride_that_leaves_no_heatmap_is_refused_with_the_largest_that_does():
+    with pytest.raises(ValueError, match=r"landmarks\.stride: 17 given, .* 64x64 .*: 1\.\.16"):
+        _task(_random_bank(side=64), stride=17)
+    assert _task(_random_bank(side=64), stride=16).config.stride == 16
+
+
 def test_bank_without_keypoints_is_refused():
     images, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
     bank = ImageBank("birds", images, labels, ("a", "b"))
