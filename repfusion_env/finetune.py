@@ -25,7 +25,6 @@ from repfusion_env.command_line import (
     number,
     stop_flag,
 )
-from repfusion_env.data.unreadable import unreadable_images
 from repfusion_env.stage2.files import (
     check_new,
     folder_name,
@@ -108,6 +107,7 @@ def _train(
     given: dict[str, Any],
     words: str,
 ) -> int:
+    from repfusion_env.data.unreadable import unreadable_images
     from repfusion_env.devices import resolve_device
     from repfusion_env.stage2 import finetune, label_count, load_banks, load_student
     from repfusion_env.stage2.finetuning import Stopped
