@@ -85,7 +85,6 @@ class DistillationTrainer:
         shapes = loss_shapes(self.student, parts.features.widths, self.dense, len(parts.train))
         with own_randomness(derive_seed(seed, "loss")):
             self.loss = DistillationLoss(config.distillation, shapes).to(self.device)
-        self._measured = Measuring(self.task, self.loss, config.reward, self.dense)
         self._loss_learns = any(True for _ in self.loss.parameters())
         self.fusion = Fusion(
             config,
@@ -120,6 +119,10 @@ class DistillationTrainer:
     def progress(self) -> float:
         """Part of the configured run that is done, in [0, 1]."""
         return min(1.0, self.steps / self.config.total_steps)
+
+    @property
+    def _measured(self) -> Measuring:
+        return Measuring(self.task, self.loss, self.config.reward, self.dense)
 
     @property
     def average(self) -> Student | None:
