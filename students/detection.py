@@ -168,6 +168,9 @@ class FCOSHeads(nn.Module):
         norm = group_norm(width)
         self.classification_head = FCOSClassificationHead(width, 1, classes, convs, norm_layer=norm)
         self.regression_head = FCOSRegressionHead(width, 1, convs, norm_layer=norm)
+        # Its distances pass a ReLU. Begun at 0, as the library does, a few large steps leave all of
+        # them below 0 for good, without a gradient; begun at 1 a box has the size of its anchor's.
+        nn.init.ones_(self.regression_head.bbox_reg.bias)
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
         """Maps of all grids (N, D, H, W) to logits, boxes and centerness (N, A, ...)."""

@@ -79,6 +79,17 @@ def test_of_maps_of_one_size_the_deepest_is_taken():
     assert not torch.equal(given, detector(*maps[:3], maps[3] + 1)["cls_logits"])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_distance_of_fcos_begins_with_a_gradient(seed: int):
+    """Below 0 a distance is cut to 0 and learns nothing; none begins there, or near it."""
+    shapes = [(8, 16, 16), (8, 8, 8), (8, 4, 4)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        detector = Detector(shapes, (32, 32), 3, "fcos", width=16, convs=2)
+    said = detector(*_maps(shapes, seed=seed))["bbox_regression"]
+    assert 0.5 < said.min() and said.max() < 1.5
+
+
 def test_the_cells_of_fcos_tile_the_image():
     shapes = [(8, 32, 24), (8, 16, 12), (8, 8, 6)]
     detector = Detector(shapes, (128, 96), 2, width=16, stride=4)
