@@ -33,13 +33,13 @@ from repfusion_env.student import (
     inference_maps,
     stage_maps,
     stage_shapes,
+    student_backbone,
     task_input,
 )
 from repfusion_env.tasks import Task
 from repfusion_env.tasks.build import build_task, check_heldout
 from repfusion_env.tasks.measuring import measure
 from repfusion_env.updates import Updates
-from students import build_backbone
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,8 @@ class ControlStudent(nn.Module):
 
     def __init__(self, config: ExperimentConfig, banks: Banks, task: Task | None) -> None:
         super().__init__()
-        channels, size, _ = banks.train.shape
         # Before all else, as of a distilled student: the same seed gives the same weights.
-        self.backbone = build_backbone(
-            config.student.name,
-            in_channels=channels,
-            image_size=size,
-            pretrained=config.student.pretrained,
-        )
+        self.backbone = student_backbone(config.student, banks.train.shape)
         self.precision = config.student.precision
         self.head, self.all_stages = None, False
         if task is not None:

@@ -100,6 +100,27 @@ def guarded(command: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
+def guarded_ours(command: Callable[[], int], stopped: str) -> int:
+    """Run a command as :func:`guarded` does; a defect in another library keeps its traceback.
+
+    Args:
+        command: Returns its exit code.
+        stopped: The sentence after Ctrl-C: what is kept.
+    """
+    try:
+        return command()
+    except (ValueError, TypeError, OSError) as error:
+        problems = getattr(error, "problems", None)  # of a ConfigError, a sentence each
+        if problems is None and not isinstance(error, OSError) and not is_ours(error):
+            raise
+        for problem in [error] if problems is None else problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return INTERRUPTED
+
+
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or a termination came; the second one stops at once.

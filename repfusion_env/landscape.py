@@ -7,15 +7,14 @@ choosing the timestep for each image can pay at all. See ``docs/landscape.md``.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repfusion_env.command_line import INTERRUPTED, WRONG_USE, is_ours
+from repfusion_env.command_line import guarded_ours
 from repfusion_env.config import ExperimentConfig
-from repfusion_env.config_loading import ConfigError, check, merge, read_config_file
+from repfusion_env.config_loading import check, merge, read_config_file
 from repfusion_env.config_options import key_overrides
 from repfusion_env.landscapes.settings import LandscapeSettings
 from repfusion_env.registry import did_you_mean
@@ -27,25 +26,10 @@ PROG = "python -m repfusion_env.landscape"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 2 for bad input and 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _run(arguments)
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-    except (ValueError, TypeError, OSError) as error:
-        if not isinstance(error, OSError) and not is_ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(
-            "stopped; what was measured is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return WRONG_USE
+    return guarded_ours(
+        lambda: _run(arguments),
+        "stopped; what was measured is kept, the same command goes on from there",
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from repfusion_env.config import ExperimentConfig, OptimizerConfig
+from repfusion_env.config import ExperimentConfig, OptimizerConfig, StudentConfig
 from repfusion_env.frozen import FrozenParts
 from repfusion_env.fusion import probe_shape
 from repfusion_env.registry import PROJECTIONS, look_up
@@ -39,13 +39,7 @@ class Student(nn.Module):
 
     def __init__(self, config: ExperimentConfig, parts: FrozenParts, task: Task) -> None:
         super().__init__()
-        channels, size, _ = parts.train.shape
-        self.backbone = build_backbone(
-            config.student.name,
-            in_channels=channels,
-            image_size=size,
-            pretrained=config.student.pretrained,
-        )
+        self.backbone = student_backbone(config.student, parts.train.shape)
         stages = stage_shapes(self.backbone, parts.train.shape)
         name = config.distillation.projection
         self.projections: Projections = look_up("projection", name, PROJECTIONS)(
@@ -74,6 +68,13 @@ class Student(nn.Module):
         """
         stages = self.backbone.stages if self.all_stages else self.backbone.stages[-1:]
         return stage_maps(self.backbone, images, stages, self.precision)
+
+
+def student_backbone(config: StudentConfig, shape: Shape) -> Backbone:
+    """The configured backbone for images of ``shape``; weights from torch's global generator."""
+    return build_backbone(
+        config.name, in_channels=shape[0], image_size=shape[1], pretrained=config.pretrained
+    )
 
 
 def stage_maps(

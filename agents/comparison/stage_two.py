@@ -51,16 +51,11 @@ def saved_backbone(run: Path, config: ExperimentConfig) -> Backbone:
 
 def initial_backbone(config: ExperimentConfig, seed: int) -> Backbone:
     """The weights with which every student of this seed begins."""
-    from students import build_backbone
+    from repfusion_env.student import student_backbone
 
-    channels, size, _ = banks(config)[0].shape
+    shape = banks(config)[0].shape
     with own_randomness(derive_seed(seed, "student")):
-        backbone = build_backbone(
-            config.student.name,
-            in_channels=channels,
-            image_size=size,
-            pretrained=config.student.pretrained,
-        )
+        backbone = student_backbone(config.student, shape)
     return backbone.eval()
 
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from repfusion_env.command_line import INTERRUPTED, WRONG_USE, Parser, is_ours, number
-from repfusion_env.config_loading import ConfigError, check, merge, read_config_file
+from repfusion_env.command_line import Parser, guarded_ours, number
+from repfusion_env.config_loading import check, merge, read_config_file
 from repfusion_env.config_options import key_overrides
 from repfusion_env.tasks.pixel_probing.settings import PixelProbeSettings
 
@@ -20,22 +20,11 @@ PROG = "python -m repfusion_env.tasks.pixel_probe"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 2 for bad input and 130 after Ctrl-C."""
-    try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-    except (ValueError, TypeError, OSError) as error:
-        if not isinstance(error, OSError) and not is_ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(
-            "stopped; classifiers that are trained are kept, the same command goes on from there",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    return WRONG_USE
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded_ours(
+        lambda: _run(arguments),
+        "stopped; classifiers that are trained are kept, the same command goes on from there",
+    )
 
 
 def parser() -> Parser:
