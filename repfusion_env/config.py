@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Strict, StrictBool, StrictStr
+from pydantic import StrictBool, StrictStr
 
-T = TypeVar("T")
-
-Count = Annotated[int, Strict(), Gt(0)]
-Index = Annotated[int, Strict(), Ge(0)]
-Number = Annotated[float, Strict()]
-Positive = Annotated[float, Strict(), Gt(0)]
-NonNegative = Annotated[float, Strict(), Ge(0)]
-Fraction = Annotated[float, Strict(), Ge(0), Le(1)]
-Decay = Annotated[float, Strict(), Ge(0), Lt(1)]
-
-
-def option(default: T, help: str) -> T:
-    """A dataclass field with its default and the sentence that ``--help`` prints."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})  # type: ignore[return-value]
-    return field(default=default, metadata={"help": help})
+from repfusion_env.config_agents import BanditConfig, ContrastiveConfig, ReinforceConfig, Sb3Config
+from repfusion_env.config_fields import (
+    Count,
+    Decay,
+    Fraction,
+    Index,
+    NonNegative,
+    Positive,
+    option,
+)
+from repfusion_env.config_speed import CacheConfig, SpeedConfig
+from repfusion_env.config_tasks import (
+    AugmentationConfig,
+    DetectionConfig,
+    LandmarksConfig,
+    SegmentationConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,15 @@ class DataConfig:
         "hold out only a part of the test faces; wflw: an attribute, such as pose; pts: common, "
         "challenging (300W) or a folder",
     )
+    storage: Literal["resident", "stream"] = option(
+        "resident",
+        "resident: all images on the device; stream: training images are decoded as they are "
+        "needed (folder, tiny_imagenet, webdataset)",
+    )
+    prefetch: Count = option(4, "steps whose images are decoded ahead under data.storage stream")
+    decode_threads: Count | None = option(
+        None, "threads that decode under data.storage stream; default: the cores, at most 16"
+    )
     train_limit: Count | None = option(None, "use only the first so many training images")
     heldout_limit: Count | None = option(None, "use only the first so many held-out images")
 
@@ -98,6 +107,9 @@ class TeacherConfig:
     )
     noise: Literal["fresh", "fixed"] = option(
         "fresh", "fresh noise at each visit, or one per (seed, image, timestep)"
+    )
+    noise_seed: Index | None = option(
+        None, "seed of the fixed noise, so that runs of several seeds share it; default: the run's"
     )
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "arithmetic of the teacher's forward, and memory of its weights"
@@ -159,7 +171,9 @@ class StudentConfig:
         "bisenet_resnet50, torchvision/<name>, timm/<name>, or your own as module:function",
     )
     pretrained: StrictBool = option(False, "start from the library's weights")
-    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the student (autocast)")
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "arithmetic of the student (autocast; fp16 scales the loss)"
+    )
     channels_last: StrictBool = option(False, "memory layout of the student's convolutions")
     ema: Decay = option(
         0.0, "decay of the averaged student that evaluation uses (published: 0.999); 0 is off"
@@ -211,65 +225,6 @@ class FusionConfig:
 
 
 @dataclass(frozen=True)
-class SegmentationConfig:
-    """The task of finding every pixel's class."""
-
-    shorthand: ClassVar[str] = "head"
-    head: Literal["linear", "fcn", "lraspp", "deeplabv3"] = option(
-        "fcn", "from the student's maps to classes: linear, fcn, lraspp, deeplabv3"
-    )
-    width: Count = option(64, "channels of the head's hidden layers")
-    auxiliary: NonNegative = option(
-        0.0, "weight of further heads on the two stages below the last, as in BiSeNetV1; 0: none"
-    )
-
-
-@dataclass(frozen=True)
-class LandmarksConfig:
-    """The task of finding the same points in every image."""
-
-    shorthand: ClassVar[str] = "head"
-    head: Literal["linear", "deconv", "hrnet"] = option(
-        "deconv", "from the student's maps to heatmaps: linear, deconv, hrnet (all stages)"
-    )
-    width: Count = option(64, "channels of the head's hidden layers")
-    stride: Count | None = option(
-        None,
-        "image pixels in a heatmap pixel's side; default: 4, less where heatmaps would be below 32",
-    )
-    sigma: Positive = option(1.5, "deviation of the heatmaps' peaks, in heatmap pixels")
-
-
-@dataclass(frozen=True)
-class DetectionConfig:
-    """The task of finding objects: their boxes and classes."""
-
-    shorthand: ClassVar[str] = "head"
-    head: Literal["fcos", "retinanet", "ssdlite"] = option(
-        "fcos", "torchvision's detector on the student's maps: fcos, retinanet, ssdlite"
-    )
-    width: Count = option(64, "channels of the feature pyramid")
-    convs: Count = option(4, "hidden convolutions of fcos and retinanet; ssdlite has its one")
-    stride: Count | None = option(
-        None,
-        "image pixels between the positions of the finest grid; default: 4 up to 64-pixel images, "
-        "8 in larger ones",
-    )
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """Random changes of an image and of all that is known of it, anew at each visit."""
-
-    shorthand: ClassVar[str] = "flip"
-    flip: StrictBool = option(False, "mirror half of the images")
-    rotation: NonNegative = option(0.0, "largest rotation either way, in degrees")
-    scale: Decay = option(0.0, "largest change of size: 0.25 is a factor in [0.75, 1.25]")
-    translation: Fraction = option(0.0, "largest shift, as a part of the image's side")
-    jitter: Fraction = option(0.0, "strength of brightness, contrast, saturation and hue; 0: off")
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """How the student, its projection and the task heads are trained."""
 
@@ -287,6 +242,10 @@ class OptimizerConfig:
     batch_size: Count = option(
         64, "a step with fewer lanes is filled up with the most recent earlier decisions"
     )
+    updates: Count = option(
+        1,
+        "updates of the student in one step, on its batch: the teacher's one pass serves them all",
+    )
     nonfinite_patience: Count = option(
         20, "stop after so many steps in a row without a finite loss"
     )
@@ -302,6 +261,11 @@ class RewardConfig:
     )
     lookahead: Literal["gauss_newton", "gradient"] = option(
         "gauss_newton", "the move of the student's feature under student_lookahead"
+    )
+    student: Literal["updated", "training"] = option(
+        "updated",
+        "where student_lookahead starts: the student after the update, by a forward of its own; or "
+        "the update's own forward, which saves one",
     )
     damping: Positive = option(0.1, "lambda of the Gauss-Newton move")
     eta: Positive = option(0.5, "size of the gradient move")
@@ -340,79 +304,6 @@ class EnvConfig:
         "timestep_and_layer, timestep_set, or your own as module:class",
     )
     set_size: Count = option(3, "timesteps of one action under env.action timestep_set")
-
-
-@dataclass(frozen=True)
-class ReinforceConfig:
-    """The REINFORCE agent."""
-
-    shorthand: ClassVar[str] = "baseline"
-    baseline: Literal["none", "batch", "value", "group"] = option(
-        "batch", "what is subtracted from the reward"
-    )
-    learning_rate: Positive = option(
-        1e-3, "step size of the policy (and value) network but its output bias"
-    )
-    bias_learning_rate: Positive = option(
-        0.03, "step size of the network's output bias: of what is good for all images alike"
-    )
-    hidden: tuple[Count, ...] = option((64,), "widths of the policy's hidden layers")
-    network: Literal["auto", "mlp", "cnn"] = option(
-        "auto", "auto: cnn on pixels, mlp on embeddings"
-    )
-    entropy_start: NonNegative = option(0.3, "weight of the entropy bonus at the beginning")
-    entropy_end: NonNegative = option(0.0, "weight of the entropy bonus once it has decayed")
-    entropy_decay: Fraction = option(1.0, "part of the run over which it decays linearly")
-    gradient_clip: NonNegative = option(1.0, "largest norm of the policy's gradient; 0 is off")
-    normalize_advantage: StrictBool = option(True, "divide advantages by their deviation")
-
-
-@dataclass(frozen=True)
-class Sb3Config:
-    """The Stable-Baselines3 agents."""
-
-    shorthand: ClassVar[str] = "algo"
-    algo: StrictStr = option("ppo", "ppo, a2c, dqn, qrdqn, trpo, recurrent_ppo, maskable_ppo, ...")
-    policy: StrictStr = option("auto", "policy class by SB3's name; auto fits the algorithm")
-    arguments: dict[StrictStr, Any] = option({}, "keyword arguments of the algorithm's class")
-    device: StrictStr = option("cpu", "device of the policy; an MLP belongs on the CPU")
-
-
-@dataclass(frozen=True)
-class BanditConfig:
-    """Policies that do not learn, and bandits."""
-
-    shorthand: ClassVar[str] = "algo"
-    algo: StrictStr = option(
-        "random", "random, fixed, annealed, epsilon_greedy, ucb, thompson, linear"
-    )
-    timestep: Index | None = option(None, "the timestep of 'fixed'; one of the grid")
-    start: Index | None = option(None, "first timestep of 'annealed'; default: the grid's highest")
-    end: Index | None = option(None, "last timestep of 'annealed'; default: the grid's lowest")
-    epsilon: Fraction = option(0.1, "part of the choices that epsilon_greedy draws at random")
-    exploration: NonNegative = option(
-        1.0, "width of the optimism of ucb, or of the draws of thompson and linear; 0: greedy"
-    )
-    discount: Annotated[float, Strict(), Gt(0), Le(1)] = option(
-        0.99, "weight of a step's rewards one step later: the student's needs change"
-    )
-    ridge: Positive = option(1.0, "ridge penalty of linear")
-
-
-@dataclass(frozen=True)
-class ContrastiveConfig:
-    """Self-supervision beside the distillation: SimCLR's loss on two augmented views."""
-
-    shorthand: ClassVar[str] = "weight"
-    weight: NonNegative = option(0.0, "weight of the NT-Xent loss beside the distillation; 0: off")
-    temperature: Positive = option(0.5, "temperature of NT-Xent")
-    hidden: Count = option(256, "width of the projection head's hidden layer")
-    projection: Count = option(128, "width of the projection head's output")
-    crop: Annotated[float, Strict(), Gt(0), Le(1)] = option(
-        0.3, "smallest part of an image's area that a view keeps"
-    )
-    flip: StrictBool = option(True, "mirror half of the views")
-    jitter: Fraction = option(0.4, "strength of brightness, contrast, saturation and hue; 0: off")
 
 
 @dataclass(frozen=True)
@@ -466,6 +357,8 @@ class ExperimentConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     observation: ObservationConfig = field(default_factory=ObservationConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     sb3: Sb3Config = field(default_factory=Sb3Config)
     bandit: BanditConfig = field(default_factory=BanditConfig)

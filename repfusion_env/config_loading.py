@@ -23,6 +23,9 @@ from repfusion_env.config_rules import conflicts
 from repfusion_env.registry import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
+# Keys at the top level that are written out as those of both networks.
+OF_BOTH = ("precision", "channels_last")
+NETWORKS = ("teacher", "student")
 
 
 class ConfigError(ValueError):
@@ -260,7 +263,11 @@ def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys and shorthands (``reward: teacher_probe``) written out as nested keys."""
     nested = sections()
     expanded: dict[str, Any] = {}
-    for key, value in values.items():
+    # A section's own key, given beside it, says more than the key of both.
+    both = {f"{part}.{key}": values[key] for key in OF_BOTH if key in values for part in NETWORKS}
+    for key, value in {**both, **values}.items():
+        if key in OF_BOTH:
+            continue
         path = str(key).split(".")
         if len(path) == 1 and path[0] in nested and not _is_section(nested[path[0]], value):
             path.append(nested[path[0]].shorthand)  # type: ignore[attr-defined]
@@ -376,7 +383,7 @@ def accepts_text(kind: Any) -> bool:
     """Whether an option's type takes plain text, so that a command line gives it unparsed."""
     origin = typing.get_origin(kind)
     if origin is typing.Annotated:
-        return typing.get_args(kind)[0] is str
+        return accepts_text(typing.get_args(kind)[0])
     if origin in (typing.Union, types.UnionType):
         return any(accepts_text(part) for part in typing.get_args(kind))
     if origin is typing.Literal:

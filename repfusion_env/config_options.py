@@ -9,7 +9,15 @@ from typing import Any
 
 import yaml
 
-from repfusion_env.config_loading import ConfigError, accepts_text, options, parse_yaml, sections
+from repfusion_env.config_loading import (
+    NETWORKS,
+    OF_BOTH,
+    ConfigError,
+    accepts_text,
+    options,
+    parse_yaml,
+    sections,
+)
 from repfusion_env.registry import did_you_mean
 
 
@@ -36,6 +44,7 @@ def read_options(
     """
     aliases, own = aliases or {}, own or {}
     kinds = {name: kind for name, _, kind in options()}
+    kinds |= {key: kinds[f"{NETWORKS[0]}.{key}"] for key in OF_BOTH}
     allowed = [*kinds, *sections(), *aliases, *own, *known]
     found: dict[str, Any] = {}
     words = list(arguments)

@@ -54,6 +54,8 @@ def _random_value(kind, rng):
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return rng.choice(parts)
+    if origin is typing.Annotated and typing.get_origin(parts[0]) is typing.Literal:
+        return _random_value(parts[0], rng)
     if origin is typing.Annotated:
         limits = re.findall(r"(Ge|Gt|Le|Lt)\(\w+=([\d.]+)\)", repr(parts[1:]))
         top = min([float(v) for name, v in limits if name in ("Le", "Lt")] or [1e6])
@@ -286,3 +288,18 @@ def test_options_that_take_text_are_told_from_those_that_do_not():
         "student.pretrained",
         "data.channels",
     }
+
+
+def test_precision_of_both_networks_stands_behind_that_of_one():
+    config = load_config("digits", {"precision": "bf16", "student.precision": "fp16"})
+    assert (config.teacher.precision, config.student.precision) == ("bf16", "fp16")
+    config = load_config(config, {"channels_last": True})
+    assert config.teacher.channels_last and config.student.channels_last
+
+
+def test_on_and_off_are_the_words_that_they_are_elsewhere():
+    given = parse_yaml("{speed: on, cache: {store: off}}")
+    config = load_config("digits", given)
+    assert (config.speed.compile, config.cache.store) == ("on", "off")
+    with pytest.raises(ConfigError, match=r"cache.store: 'on' given; allowed: 'off', 'memory'"):
+        load_config("digits", {"cache.store": True})

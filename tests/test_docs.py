@@ -131,7 +131,8 @@ def _as_yaml(value: object) -> str:
     value = list(value) if isinstance(value, tuple) else value
     if value is None:
         return "null"
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    # A text needs its quotes in a file of YAML 1.1 alone, where `off` would be a bool.
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip().strip("'")
 
 
 def test_shorthands_are_those_of_the_sections():
