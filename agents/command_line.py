@@ -219,8 +219,8 @@ def _help(
         add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
         epilog=f"Defaults are those of '{name}'. A section's name alone sets its main key: "
-        "--reward teacher_probe is --reward.kind teacher_probe; --precision and --channels_last are "
-        "those of teacher and student alike. Lists and mappings are YAML, and "
+        "--reward teacher_probe is --reward.kind teacher_probe; --precision and --channels_last "
+        "are those of teacher and student alike. Lists and mappings are YAML, and "
         "replace the file's: --timesteps.values '[0, 40, 80]', --distillation.losses '{hint: 1, "
         "cosine: 2}' or --distillation.losses.hint 1 --distillation.losses.cosine 2. A BOOL "
         "without a value is true.",
