@@ -34,7 +34,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
             layers_per_block=1,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
+            attention_head_dim=32,
         )
     unet.save_pretrained(folder)
     DDPMScheduler(num_train_timesteps=1000).save_pretrained(folder)
@@ -46,7 +46,7 @@ def tiny(tiny_teacher: str) -> dict[str, Any]:
     """Overrides of ``digits`` under which an environment is made and stepped in milliseconds."""
     return {
         "device": "cpu",
-        "teacher": {"model": tiny_teacher, "standardize_images": 64},
+        "teacher": {"model": tiny_teacher, "standardize_images": 24},
         "data": {"train_limit": 96, "heldout_limit": 40},
         "timesteps": {"count": 5, "first": 0, "last": 800},
         "env": {"num_envs": 4},

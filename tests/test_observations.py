@@ -40,7 +40,7 @@ SOURCES = {
     "student": {},
     "pixels": {},
     "timm/test_resnet.r160_in1k": {"data.image_size": 32},
-    "torchvision/shufflenet_v2_x0_5": {"data.image_size": 64},
+    "torchvision/shufflenet_v2_x0_5": {"data.image_size": 64, "teacher.image_size": 16},
     f"{__name__}:column_means": {},
 }
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,13 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 TEACHER = "repfusion_env/teachers/digits"
 SECONDS = 100
 
-USE_FROM_A_SCRIPT = """
+# The environment as a script makes it, and then the training command: loading the libraries twice
+# would take longer than both.
+USE = """
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 
@@ -33,7 +36,7 @@ import repfusion_env
 import students
 
 modules = (agents, repfusion_env, students)
-print(json.dumps({
+Path("said.json").write_text(json.dumps({
     "files": [module.__file__ for module in modules],
     "path": sys.path,
     "inside": env.observation_space.contains(observation),
@@ -41,9 +44,9 @@ print(json.dumps({
     "terminated": terminated,
     "timestep": info["timestep"],
 }))
+sys.argv = ["agents.train_reinforce", "--config", "debug", "--run.name", "installed"]
+runpy.run_module("agents.train_reinforce", run_name="__main__", alter_sys=True)
 """
-
-Command = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, Path]:
-    """A caller of that environment's python in an empty folder, and the environment's folder."""
+def used(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder, empty before, where that environment's python used it; the environment's."""
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, with_pip=False, symlinks=os.name != "nt")
     python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -70,11 +73,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Co
     here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "dependencies.pth").write_text("\n".join(here), encoding="utf-8")
     empty = tmp_path_factory.mktemp("elsewhere")
-
-    def run(*arguments: str) -> str:
-        return _call([python, *arguments], empty)
-
-    return run, environment
+    _call([python, "-c", USE], empty)
+    return empty, environment
 
 
 def test_wheel_holds_the_packages_the_configs_and_the_teacher(wheel: Path) -> None:
@@ -96,11 +96,9 @@ def test_wheel_holds_the_packages_the_configs_and_the_teacher(wheel: Path) -> No
     assert not outside
 
 
-def test_script_makes_the_environment_from_the_installed_package(
-    installed: tuple[Command, Path],
-) -> None:
-    run, environment = installed
-    said = json.loads(run("-c", USE_FROM_A_SCRIPT).splitlines()[-1])
+def test_script_makes_the_environment_from_the_installed_package(used: tuple[Path, Path]) -> None:
+    folder, environment = used
+    said = json.loads((folder / "said.json").read_text(encoding="utf-8"))
     assert all(Path(file).is_relative_to(environment) for file in said["files"])
     assert str(CHECKOUT) not in said["path"]
     assert said["inside"]
@@ -109,13 +107,8 @@ def test_script_makes_the_environment_from_the_installed_package(
     assert 0 <= said["timestep"] < 1000
 
 
-def test_training_command_leaves_summary_and_figure(
-    installed: tuple[Command, Path], tmp_path: Path
-) -> None:
-    run, _ = installed
-    options = ["--config", "debug", "--run.folder", str(tmp_path), "--run.name", "installed"]
-    run("-m", "agents.train_reinforce", *options)
-    folder = tmp_path / "installed"
+def test_training_command_leaves_summary_and_figure(used: tuple[Path, Path]) -> None:
+    folder = used[0] / "runs" / "installed"
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rewards = [summary["reward"]["learned"], *summary["reward"]["fixed"].values()]
     assert all(-20 < reward < 0 for reward in rewards)
@@ -124,8 +117,8 @@ def test_training_command_leaves_summary_and_figure(
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
-def _call(command: list[object], folder: Path) -> str:
-    """What the command printed; its messages are in the assertion's where it fails."""
+def _call(command: list[object], folder: Path) -> None:
+    """Run a command; what it said is in the assertion's message where it fails."""
     scrubbed = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
     done = subprocess.run(
         [str(part) for part in command],
@@ -137,4 +130,3 @@ def _call(command: list[object], folder: Path) -> str:
         timeout=SECONDS,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,25 @@ def logged() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Makes a context whose runs end without their pictures, which take as long as the runs."""
+
+    @contextmanager
+    def saved_nowhere() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr("agents.reporting.save_figure", lambda figure, path: None)
+            yield
+
+    return saved_nowhere
+
+
+@pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons run their jobs here, as starting others takes longer than all of them."""
     from agents.comparison import progress
     from agents.comparison.workers import DONE, FAILED, STOPPED, Outcome, Stop
 
-    def here(work: Callable[[Any], Any], jobs: Any, workers: int, *, started: Any) -> Any:
+    def here(work: Callable[[Any], Any], jobs: Any, *where: Any, started: Any) -> Any:
         for job in jobs:
             started(job)
             try:
@@ -56,4 +70,4 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             except Exception as error:
                 yield Outcome(job, FAILED, str(error))
 
-    monkeypatch.setattr(progress, "run_jobs", here)
+    monkeypatch.setattr(progress, "run_on", here)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -276,22 +277,27 @@ def test_whatever_the_settings_a_run_is_made_to_its_end(
 
 
 @pytest.mark.slow
-def test_the_learned_policy_beats_random_on_real_digits(tmp_path: Path):
+def test_the_learned_policy_beats_random_on_real_digits(
+    tmp_path: Path, undrawn: Callable[[], AbstractContextManager[None]]
+):
     """The cheap form of the claim; ``benchmarks/learning.py`` measures the full one."""
     gains = []
     for seed in range(3):
         options = {
             "seed": seed,
             "device": "cpu",
-            "timesteps.count": 9,
-            "teacher.standardize_images": 32,
+            "timesteps.count": 5,
+            "teacher.standardize_images": 16,
+            "data.train_limit": 500,
+            "data.heldout_limit": 128,
             "evaluation.images": 128,
             "evaluation.probe_images": 100,
-            "run.decisions": 45 * 64,
+            "run.decisions": 30 * 64,
             "run.folder": tmp_path,
             "run.name": f"seed-{seed}",
         }
-        assert main([f"--{key}={value}" for key, value in options.items()]) == 0
+        with undrawn():
+            assert main([f"--{key}={value}" for key, value in options.items()]) == 0
         reward = json.loads((tmp_path / f"seed-{seed}" / "summary.json").read_text())["reward"]
         gains.append(reward["learned"] - reward["random"])
     # Student's t at 2 degrees of freedom, 97.5 %.

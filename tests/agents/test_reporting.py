@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,25 @@ from repfusion_env.runs import Run
 from repfusion_env.teachers.reading.network import NetworkTeacher
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
 @pytest.fixture
-def run(experiment: Callable[..., Path], tmp_path: Path) -> Path:
-    config = experiment(**{"run.decisions": 80, "run.log_every": 5, "evaluation.images": 24})
-    assert main(["--config", str(config), "--run.name", "my run"]) == 0
-    return tmp_path / "my run"
+def run(experiment: Callable[..., Path], once: Path) -> Path:
+    """A finished run, trained once and only to be read; what it said lies beside it."""
+    if not (once / "my run").exists():
+        settings = {"run.decisions": 80, "run.log_every": 5, "evaluation.images": 24}
+        config = experiment(**settings, **{"run.folder": str(once)})
+        with (
+            (once / "out").open("w", encoding="utf-8") as out,
+            (once / "err").open("w", encoding="utf-8") as err,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            assert main(["--config", str(config), "--run.name", "my run"]) == 0
+    return once / "my run"
 
 
 def own_accuracy(env: RepFusionVectorEnv) -> float:
@@ -69,40 +84,39 @@ def test_the_summary_says_what_the_saved_student_and_policy_are_worth(run: Path)
     assert summary["decisions_per_second"] == pytest.approx(80 / summary["seconds"])
 
 
-def test_the_table_tells_all_policies_and_where_to_look(
-    capsys: pytest.CaptureFixture[str], run: Path
-):
-    said = capsys.readouterr()
+def test_the_table_tells_all_policies_and_where_to_look(run: Path):
+    said, complaints = ((run.parent / name).read_text(encoding="utf-8") for name in ("out", "err"))
     summary = json.loads((run / "summary.json").read_text())
     rows = {
         tuple(words[:-2]): float(words[-2])
-        for words in (line.replace(" ± ", "±").split() for line in said.out.splitlines())
+        for words in (line.replace(" ± ", "±").split() for line in said.splitlines())
         if words and words[0] in ("learned", "random", "fixed")
     }
     assert rows[("learned", "(reinforce)")] == pytest.approx(summary["reward"]["learned"], abs=1e-4)
     assert rows[("random",)] == pytest.approx(summary["reward"]["random"], abs=1e-4)
     best = max(summary["reward"]["fixed"].values())
     assert rows[("fixed", "(best)")] == pytest.approx(best, abs=1e-4)
-    assert said.out.count("\n  fixed") == 5
+    assert said.count("\n  fixed") == 5
     student = summary["student"]
     assert (
         f"student: linear probe accuracy {student['linear_probe_accuracy']:.1%}; its own head: "
         f"accuracy {student['metrics']['accuracy']:.1%}\n"
-    ) in said.out
-    assert f"tensorboard --logdir {run.parent}\n" in said.out
-    assert "Traceback" not in said.err
+    ) in said
+    assert f"tensorboard --logdir {run.parent}\n" in said
+    assert "Traceback" not in complaints
     # What is printed can be pasted into a shell, although the name has a space.
-    again = said.out.split("again:")[1].strip()
+    again = said.split("again:")[1].strip()
     assert again == (
         f"python -m agents.train_reinforce --config '{run / 'config.yaml'}' --run.name null"
     )
 
 
 def test_the_run_can_be_repeated_from_its_own_configuration(
-    run: Path, logged: Callable[[Path], Any]
+    run: Path, logged: Callable[[Path], Any], tmp_path: Path
 ):
-    assert main(["--config", str(run / "config.yaml"), "--run.name", "again"]) == 0
-    assert logged(run.parent / "again") == logged(run)
+    options = ["--run.folder", str(tmp_path), "--run.name", "again"]
+    assert main(["--config", str(run / "config.yaml"), *options]) == 0
+    assert logged(tmp_path / "again") == logged(run)
 
 
 def test_the_figures_are_pictures_worth_their_size(run: Path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm_processes import WarmProcess
 
 from agents.train_reinforce import main as train_reinforce
 from agents.train_sb3 import main as train_sb3
@@ -66,6 +67,21 @@ def newest_step(run: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
+@pytest.fixture
+def warm(tmp_path: Path) -> Iterator[Callable[..., WarmProcess]]:
+    """Starts a training command where everything is imported already."""
+    processes = []
+
+    def start(script: str, *options: str) -> WarmProcess:
+        said = tmp_path / f"said-{len(processes)}"
+        processes.append(WarmProcess(f"agents.{script}", list(options), said))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.end()
+
+
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 60
     while newest_step(run) < step:
@@ -94,11 +110,31 @@ def assert_no_duplicates(run: Path, logged: Callable[[Path], Any]) -> None:
     assert [event.value for event in events("reward/mean")] == pytest.approx(values)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+def uninterrupted(experiment: Callable[..., Path], once: Path) -> Path:
+    """A REINFORCE run that nothing has disturbed; trained once, only to be read."""
+    if not (once / "whole").exists():
+        config = experiment("whole", **{**SHORT, "run.folder": str(once)})
+        assert train_reinforce(["--config", str(config), "--run.name", "whole"]) == 0
+    return once / "whole"
+
+
+@pytest.fixture
+def finished(experiment: Callable[..., Path], tmp_path: Path, once: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(uninterrupted(experiment, once), tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("agent", ["reinforce", "ppo", "dqn"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     agent: str,
     experiment: Callable[..., Path],
-    start: Callable[..., subprocess.Popen[str]],
+    warm: Callable[..., WarmProcess],
+    once: Path,
     logged: Callable[[Path], Any],
     tmp_path: Path,
 ) -> None:
@@ -109,24 +145,26 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         script, more = "train_sb3", {"sb3.algo": agent, "sb3.arguments": SB3[agent]}
     config = str(experiment(**{**SHORT, **more}))
 
-    process = start(script, "--config", config, "--run.name", "killed")
+    process = warm(script, "--config", config, "--run.name", "killed")
     run = tmp_path / "killed"
     target = chance.randint(1, STEPS - 30)
-    wait_for_step(process, run, target)
+    process.wait_until(lambda: newest_step(run) >= target)
     time.sleep(chance.uniform(0.0, 0.03))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.signal(signal.SIGKILL)
+    assert process.code() == -signal.SIGKILL
     at = newest_step(run)
-    process = start(script, "--resume", str(run))
-    whole = train_sb3 if agent in SB3 else train_reinforce
-    assert whole(["--config", config, "--run.name", "whole"]) == 0
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    process = warm(script, "--resume", str(run))
+    if agent in SB3:
+        assert train_sb3(["--config", config, "--run.name", "whole"]) == 0
+        whole = tmp_path / "whole"
+    else:
+        whole = uninterrupted(experiment, once)
+    assert process.code() == 0, process.said()
 
     where = f"killed after checkpoint {at} (seed {seed})"
     assert 0 < at < STEPS, where
     try:
-        assert_same_end(run, tmp_path / "whole", logged)
+        assert_same_end(run, whole, logged)
         assert_no_duplicates(run, logged)
     except AssertionError as error:
         error.add_note(where)
@@ -136,12 +174,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 def test_ctrl_c_saves_and_says_how_to_go_on(
     experiment: Callable[..., Path],
     start: Callable[..., subprocess.Popen[str]],
+    once: Path,
     logged: Callable[[Path], Any],
     tmp_path: Path,
 ) -> None:
     config = str(experiment(**{**SHORT, "run.checkpoint_every": 30}))
     process = start("train_reinforce", "--config", config, "--run.name", "stopped")
-    assert train_reinforce(["--config", config, "--run.name", "whole"]) == 0
     run = tmp_path / "stopped"
     wait_for_step(process, run, 30)
     time.sleep(0.2)
@@ -155,22 +193,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert out == ""
     assert "Traceback" not in said
     assert train_reinforce(said.split("train_reinforce ")[-1].split()) == 0
-    assert_same_end(run, tmp_path / "whole", logged)
+    assert_same_end(run, uninterrupted(experiment, once), logged)
     assert_no_duplicates(run, logged)
-
-
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
-@pytest.fixture
-def finished(experiment: Callable[..., Path], tmp_path: Path, once: Path) -> Path:
-    """A finished REINFORCE run; trained once, copied for each test."""
-    if not (once / "whole").exists():
-        config = experiment(**{**SHORT, "run.folder": str(once)})
-        assert train_reinforce(["--config", str(config), "--run.name", "whole"]) == 0
-    return Path(shutil.copytree(once / "whole", tmp_path / "whole"))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(

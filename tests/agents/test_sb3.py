@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from agents.sb3_algorithms import ALGORITHMS
 from agents.train_reinforce import main as train_reinforce
 from agents.train_sb3 import main
 
+Undrawn = Callable[[], AbstractContextManager[None]]
 LANES, STEPS = 4, 24
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"n_steps": 4, "batch_size": 8, "n_epochs": 1},
@@ -47,10 +49,15 @@ def settings(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains_goes_on_exactly_and_leaves_the_same_behind(
-    name: str, experiment: Callable[..., Path], logged: Callable[[Path], Any], tmp_path: Path
+    name: str,
+    experiment: Callable[..., Path],
+    logged: Callable[[Path], Any],
+    undrawn: Undrawn,
+    tmp_path: Path,
 ):
     config = str(experiment(**settings(name)))
-    assert main(["--config", config, "--run.name", "whole"]) == 0
+    with undrawn():
+        assert main(["--config", config, "--run.name", "whole"]) == 0
     whole = tmp_path / "whole"
     rows = [row for row in logged(whole) if "reward/mean" in row]
     assert [row["step"] for row in rows] == list(range(4, STEPS + 1, 4))
@@ -78,7 +85,8 @@ def test_every_algorithm_trains_goes_on_exactly_and_leaves_the_same_behind(
     }
     assert summary["decisions"] == LANES * STEPS
     assert zipfile.is_zipfile(whole / "model.zip")
-    assert_goes_on_exactly(whole, main, logged)
+    with undrawn():
+        assert_goes_on_exactly(whole, main, logged)
 
 
 def assert_goes_on_exactly(
@@ -115,6 +123,7 @@ def test_every_kind_of_space_is_driven_and_goes_on_exactly(
     action: str,
     experiment: Callable[..., Path],
     logged: Callable[[Path], Any],
+    undrawn: Undrawn,
     tmp_path: Path,
 ):
     base = settings("ppo" if name == "reinforce" else name)
@@ -132,7 +141,8 @@ def test_every_kind_of_space_is_driven_and_goes_on_exactly(
     if "layer" in action:
         assert list(summary["layer"]) == TWO_LAYERS["teacher.layers"]
         assert sum(summary["layer"].values()) == pytest.approx(1)
-    assert_goes_on_exactly(tmp_path / "whole", command, logged)
+    with undrawn():
+        assert_goes_on_exactly(tmp_path / "whole", command, logged)
 
 
 def test_the_summary_has_the_keys_of_reinforce(experiment: Callable[..., Path], tmp_path: Path):

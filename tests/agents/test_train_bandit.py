@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_a_run_leaves_what_all_agents_leave_and_goes_on_exactly(
     more: dict[str, Any],
     experiment: Callable[..., Path],
     logged: Callable[[Path], Any],
+    undrawn: Callable[[], AbstractContextManager[None]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
@@ -134,7 +136,8 @@ def test_a_run_leaves_what_all_agents_leave_and_goes_on_exactly(
     shutil.copytree(whole, run)
     (run / "summary.json").unlink()
     sorted((run / "checkpoints").iterdir())[-1].unlink()
-    assert main(["--resume", str(run)]) == 0
+    with undrawn():
+        assert main(["--resume", str(run)]) == 0
     assert logged(run) == logged(whole)
     for weights in ("policy", "student"):
         ours, theirs = (load_file(path / f"{weights}.safetensors") for path in (run, whole))

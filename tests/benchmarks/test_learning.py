@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_processes import CONTEXT
 
 from benchmarks.learning import compare, main, run_seed
 from repfusion_env.config_loading import load_config, to_dict
@@ -29,7 +30,7 @@ def test_confidence_interval_is_students_over_paired_differences() -> None:
 
 
 def test_seed_reports_what_the_training_command_wrote(tiny: dict[str, Any], tmp_path: Path) -> None:
-    config = to_dict(load_config(tiny))
+    config = to_dict(load_config(tiny | {"run": {"decisions": 80}}))
     found = run_seed(config, 3, str(tmp_path), threads=1)
     summary = json.loads((tmp_path / "seed-3" / "summary.json").read_text(encoding="utf-8"))
     fixed = summary["reward"]["fixed"]
@@ -56,10 +57,17 @@ def test_arms_are_three_different_students_of_one_seed(
 
 @pytest.mark.slow
 def test_command_runs_seeds_in_their_own_processes(
-    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from repfusion_env.config_loading import to_yaml
 
+    # They are spawned, which takes far longer than all that they do here.
+    monkeypatch.setattr("benchmarks.learning.get_context", lambda method: CONTEXT)
+    # Two threads each would wait for one another more than they compute.
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
     config, out = tmp_path / "tiny.yaml", tmp_path / "learning.json"
     config.write_text(to_yaml(load_config(tiny)), encoding="utf-8")
     options = ["--seeds", "2", "--jobs", "2", "--run.decisions", "40", "--json", str(out)]

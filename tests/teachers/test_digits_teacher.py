@@ -32,8 +32,9 @@ def probe_accuracy(teacher: Teacher, timestep: int) -> float:
 
     first = [train.labels.eq(label).nonzero().flatten()[:5] for label in range(10)]
     labelled = torch.cat(first)
-    scaler = StandardScaler().fit(features(train))
-    inputs, targets = scaler.transform(features(train)[labelled]), train.labels[labelled]
+    seen = features(train)
+    scaler = StandardScaler().fit(seen)
+    inputs, targets = scaler.transform(seen[labelled]), train.labels[labelled]
     classifier = LogisticRegression(max_iter=1000).fit(inputs, targets)
     return float(classifier.score(scaler.transform(features(heldout)), heldout.labels))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from warm_processes import WarmProcess
 
 from repfusion_env.config import DataConfig, TeacherConfig
 from repfusion_env.data import load_data
@@ -54,23 +55,26 @@ def start(out: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], beyond: int) -> None:
-    end = time.monotonic() + 100
-    while time.monotonic() < end and process.poll() is None:
-        steps = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.ckpt")]
-        if steps and max(steps) > beyond:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"no checkpoint beyond {beyond}: {process.communicate()[0]}")
+def newest_step(folder: Path) -> int:
+    steps = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.ckpt")]
+    return max(steps, default=0)
 
 
 @pytest.mark.slow
 def test_interrupted_and_killed_it_goes_on_to_the_same_weights(tmp_path):
-    length = ("--steps", "400", "--checkpoint-every", "20")
-    whole = start(tmp_path / "whole", *length)
-    cut, folder = start(tmp_path / "cut", *length), tmp_path / "cut" / "checkpoints"
+    length = ("--steps", "160", "--checkpoint-every", "10")
+    out, folder = tmp_path / "cut", tmp_path / "cut" / "checkpoints"
 
-    wait_for_checkpoint(folder, cut, beyond=0)
+    def go_on(name: str) -> WarmProcess:
+        words = [*TINY, "--out", str(out), *length, "--resume"]
+        return WarmProcess("repfusion_env.teachers.train", words, tmp_path / name)
+
+    cut = start(out, *length)
+    end = time.monotonic() + 100
+    while newest_step(folder) == 0:
+        assert cut.poll() is None, cut.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)
     cut.send_signal(signal.SIGINT)
     said = cut.communicate(timeout=60)[0]
     assert cut.returncode == 130
@@ -79,25 +83,23 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_weights(tmp_path):
     assert "Traceback" not in said
     assert (folder / f"step-{stopped:09d}.ckpt").is_file()
 
-    again = start(tmp_path / "cut", *length, "--resume")
-    wait_for_checkpoint(folder, again, beyond=stopped)
-    again.kill()
-    again.communicate(timeout=60)
-    assert not (tmp_path / "cut" / WEIGHTS).exists()
+    again = go_on("again")
+    again.wait_until(lambda: newest_step(folder) > stopped)
+    again.signal(signal.SIGKILL)
+    assert again.code() == -signal.SIGKILL
+    assert not (out / WEIGHTS).exists()
 
-    last = start(tmp_path / "cut", *length, "--resume")
-    said = last.communicate(timeout=120)[0]
-    assert last.returncode == 0, said
-    assert "resumed at step" in said
-    whole_said = whole.communicate(timeout=120)[0]
-    assert whole.returncode == 0, whole_said
+    last = go_on("last")
+    assert last.code() == 0, last.said()
+    assert "resumed at step" in last.said()
 
+    assert main([*TINY, "--out", str(tmp_path / "whole"), *length]) == 0
     expected = load_file(tmp_path / "whole" / WEIGHTS)
-    found = load_file(tmp_path / "cut" / WEIGHTS)
+    found = load_file(out / WEIGHTS)
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         assert torch.equal(weight, found[name]), name
-    assert "--resume" not in (tmp_path / "cut" / "README.md").read_text()
+    assert "--resume" not in (out / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
