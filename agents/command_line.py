@@ -23,6 +23,7 @@ from repfusion_env.config_loading import (
     sections,
 )
 from repfusion_env.config_options import read_options
+from repfusion_env.ranks import refuse_several, say
 from repfusion_env.runs import name_problem
 
 USAGE_ERROR = 2
@@ -79,6 +80,7 @@ def parse(
     conflicts: Callable[[ExperimentConfig], list[str]] = lambda config: [],
     hidden: Sequence[str] = (),
     own: Mapping[str, OwnOption] | None = None,
+    several: bool = False,
 ) -> Command:
     """Read the command line and refuse at once what cannot be run.
 
@@ -92,6 +94,7 @@ def parse(
         hidden: Sections of the configuration that do not concern the command; its help is silent
             about them.
         own: The command's own options by name.
+        several: Whether several processes may run the command together.
 
     Raises:
         ConfigError: With everything that is wrong, one sentence each.
@@ -104,6 +107,8 @@ def parse(
         name = chosen.config or default_config
         _help(prog, description, base, name, aliases or {}, hidden, own or {}).print_help()
         raise SystemExit(0)
+    if not several:
+        refuse_several(prog)
     if chosen.resume is not None:
         if others or chosen.config:
             raise ConfigError(
@@ -144,10 +149,10 @@ def guarded(main: Callable[[], int], prog: str) -> int:
         if not is_ours(error):
             raise
         for sentence in str(error).splitlines():
-            print(f"{prog}: error: {sentence}", file=sys.stderr)
+            say(f"{prog}: error: {sentence}")
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("stopped before training began", file=sys.stderr)
+        say("stopped before training began")
         return INTERRUPTED
     except BrokenPipeError:
         # Somebody closed our output, as `| head` does.

@@ -4,6 +4,7 @@
     python agents/compare.py --out comparisons/digits              # go on after Ctrl-C
     python agents/compare.py --out comparisons/digits --report     # draw again from what is there
     python agents/compare.py --config digits --seeds 2 --arms random,fixed-80,rl
+    python agents/compare.py --out comparisons/digits --engine ray     # over a cluster
 
 Every arm is a training command with options, see ``agents/comparison/arms.py``; each (arm, seed) is
 a run folder of that command, probes of frozen features and fine-tuning at each number of labels,
@@ -16,7 +17,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,7 +35,15 @@ from agents.comparison.arms import (
     own_arm,
     shipped_arms,
 )
-from agents.comparison.plan import Plan, extended, load_plan, save_plan
+from agents.comparison.places import (
+    PROCESSES,
+    RAY,
+    Places,
+    cluster_places,
+    local_places,
+    used_devices,
+)
+from agents.comparison.plan import Plan, extended, held, load_plan, save_plan
 from agents.sb3_algorithms import conflicts as sb3_conflicts
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, parse_yaml
@@ -76,7 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="configuration of all arms (default: digits)")
     add("--out", metavar="FOLDER", help="folder of the comparison (default: comparisons/CONFIG)")
     add("--seeds", metavar="N", help="runs of each arm, seeds 0 to N - 1 (default: 5)")
-    add("--jobs", metavar="N", help="processes, one thread each (default: the cores)")
+    add(
+        "--jobs",
+        metavar="N",
+        help="runs at a time, one thread each (default: the cores; with GPUs, what --jobs-per-gpu "
+        "says; on a cluster, what it has room for)",
+    )
+    add("--jobs-per-gpu", metavar="N", help="runs that share a GPU (default: 1)")
+    add(
+        "--engine",
+        metavar="NAME",
+        help="processes of this machine, or ray: a cluster (default: processes)",
+    )
+    add("--address", metavar="HOST:PORT", help="Ray's (default: one that is found, else local)")
     add("--arms", metavar="A,B,...", help="arms, groups or patterns like 'fixed-*' (default: all)")
     add(
         "--arm",
@@ -262,22 +282,71 @@ def _check_finetuning(config: ExperimentConfig, keys: dict[str, Any] | None) -> 
         raise ConfigError([f"--finetune.{error}"]) from None
 
 
-def _run(plan: Plan, workers: int) -> int:
+def _places(chosen: argparse.Namespace, plan: Plan) -> Places:
+    """Where the command line wants the runs to take place."""
+    given = {
+        name: None if text is None else _number(name, text, 1)
+        for name, text in (("jobs", chosen.jobs), ("jobs-per-gpu", chosen.jobs_per_gpu))
+    }
+    jobs, per_gpu = given["jobs"], given["jobs-per-gpu"]
+    engine = chosen.engine or PROCESSES
+    devices = used_devices(plan.config, plan.arms.values())
+    if engine == RAY:
+        return cluster_places(jobs, per_gpu, devices, chosen.address)
+    if engine != PROCESSES:
+        allowed = (PROCESSES, RAY)
+        raise ConfigError(
+            [f"--engine: '{engine}' given; allowed: {' or '.join(allowed)}."
+             f"{did_you_mean(engine, allowed)}"]
+        )  # fmt: skip
+    if chosen.address is not None:
+        raise ConfigError(
+            [f"--address: '{chosen.address}' given, but it is a cluster's; add --engine {RAY}"]
+        )
+    return local_places(jobs, per_gpu, devices)
+
+
+def _run(plan: Plan, places: Places) -> int:
     """Run what is missing; returns how it ended as an exit code."""
+    from agents.comparison.engines import ENGINES
+
+    with ENGINES[places.engine].open(places), held(plan.folder):
+        current = load_plan(plan.folder)
+        if current is not None:  # another one may have ended since the command line was read
+            plan = extended(current, plan)
+        save_plan(plan)
+        code = _follow(plan, places)
+        _report(plan)
+    return code
+
+
+def _follow(plan: Plan, places: Places) -> int:
+    """Run the jobs of a plan; returns how it ended."""
     from agents.comparison.progress import follow
     from agents.comparison.workers import STOPPED
 
-    save_plan(plan)
     jobs = plan.jobs()
     if not jobs:
         print("every run has its result", file=sys.stderr)
         return 0
-    states = follow(plan, jobs, workers)
+    states = follow(plan, jobs, places)
     if STOPPED in states or len(states) < len(jobs):
         again = f"python -m agents.compare --out {shlex.quote(str(plan.folder))}"
+        if places.engine != PROCESSES:
+            again += f" --engine {places.engine}"
+        if places.address is not None:
+            again += f" --address {shlex.quote(places.address)}"
         print(f"stopped; finished runs stand; go on with: {again}", file=sys.stderr)
         return INTERRUPTED
     return FAILED if plan.failures() else 0
+
+
+def _report(plan: Plan) -> None:
+    """Tables and figures of what there is."""
+    if plan.results():
+        from agents.comparison.report import write_report
+
+        write_report(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,16 +363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for arm in plan.arms.values():
                 print(f"{arm.name:26}{arm.group:11}{arm.label}")
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jobs = _number("jobs", chosen.jobs, cores or 1)
-        code = 0 if chosen.report else _run(plan, jobs)
-        if chosen.report and not plan.results():
+        if not chosen.report:
+            return _run(plan, _places(chosen, plan))
+        if not plan.results():
             raise ConfigError([f"--report: '{plan.folder}' holds no result yet"])
-        if plan.results():
-            from agents.comparison.report import write_report
-
-            write_report(plan)
-        return code
+        _report(plan)
+        return 0
 
     return guarded(run, PROG)
 

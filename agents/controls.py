@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from repfusion_env.data.bank import ImageBank
 from repfusion_env.data.pseudo_labels import require_labels
 from repfusion_env.device_means import DeviceMeans
 from repfusion_env.devices import resolve_device
+from repfusion_env.groups import one_look
 from repfusion_env.noise import derive_seed, own_randomness
 from repfusion_env.stage2.labels import label_count, task_subset
 from repfusion_env.stream import ImageStream
@@ -133,6 +135,7 @@ class ControlTrainer:
         if 0 < self.labels < len(train):
             self.pool = task_subset(annotation, train, self.labels, seed).to(self.device)
         self.augmentation = make_augmentation(config, self.parts.train, annotation)
+        self._pool_on_host: np.ndarray | None = None
         self.stream = ImageStream(len(self.pool), self.device, shuffle=True)
         self.stream.reset(seed)
         self.recent = self.pool[:0]  # earlier images that fill up a batch of few lanes
@@ -147,59 +150,87 @@ class ControlTrainer:
 
     @torch.enable_grad()
     def step(self) -> None:
-        """Show the student the next N images and update it once.
+        """Show the student the next N images and update it, ``optimizer.updates`` times.
 
         Raises:
             NonFiniteError: ``optimizer.nonfinite_patience`` steps in a row had no finite loss.
         """
         config, bank = self.config, self.parts.train
         lanes, group = config.env.num_envs, config.env.group_size
-        new = self.pool[self.stream.take(lanes // group).repeat_interleave(group)]
+        new = self._next(lanes // group)
+        views = self.contrastive is not None or self.views is not None
+        if not views and one_look(lanes, group, config.optimizer.batch_size):
+            # As the distilled student, which sees an image of a group once; every image counts
+            # equally, so that the losses' mean is that of the lanes.
+            lanes, group = len(new), 1
+        new = new.repeat_interleave(group)
         ids = torch.cat((new, self.recent))[: max(lanes, config.optimizer.batch_size)]
-        changed = self._changed(new)
+        changed = self._changed(new, group)
         if self.recent_changed:
             pairs = zip(changed, self.recent_changed, strict=True)
             changed = [torch.cat(pair)[: len(ids)] for pair in pairs]
-        if lanes < config.optimizer.batch_size:
+        if config.env.num_envs < config.optimizer.batch_size:
             self.recent, self.recent_changed = ids, changed
         progress = min(1.0, self.steps / config.total_steps)
         # A batch of one has no batch statistics, and no others to be told apart from.
         if len(ids) > 1:
             self.student.train()
-            buffers = self.updates.buffers()
             with own_randomness(derive_seed(config.seed, "step", self.steps), self.device):
                 images = changed[0] if changed else bank.pixels(ids)
-                total = self._loss(images, changed[1:], ids, lanes)
-                self.updates.apply(total, buffers, progress)
+                for update in range(config.optimizer.updates):
+                    buffers = self.updates.buffers()
+                    # As in a distilled student's step, the first forward is told of.
+                    told = None if update else lanes
+                    total = self._loss(images, changed[1:], ids, told)
+                    self.updates.apply(total, buffers, progress, again=update > 0)
         self.steps += 1
         self.updates.watch(self.steps)
 
-    def _changed(self, ids: Tensor) -> list[Tensor]:
+    def _next(self, count: int) -> Tensor:
+        """The images that come next; where they are streamed those after them are decoded."""
+        bank, stream = self.parts.train, self.stream
+        if not bank.streamed:
+            return self.pool[stream.take(count)]
+        if self._pool_on_host is None:
+            self._pool_on_host = self.pool.cpu().numpy()
+        pool = self._pool_on_host
+        now, later = pool[stream.peek(count)], stream.peek(count * (1 + bank.ahead))[count:]
+        new = self.pool[stream.take(count)]
+        bank.stage(new, now, list(pool[later].reshape(-1, count)))
+        return new
+
+    def _changed(self, ids: Tensor, group: int) -> list[Tensor]:
         """Images (N, C, H, W) as ``augmentation`` shows them, and their targets; else nothing.
 
-        Drawn as the distillation trainer draws, so that both show the same.
+        Drawn as the distillation trainer draws, so that both show the same: one change for each
+        ``group`` of neighbours.
         """
         if self.augmentation is None:
             return []
-        bank, group = self.parts.train, self.config.env.group_size
+        bank = self.parts.train
         targets = bank.labels[ids] if self.task is None else self.task.targets(bank, ids)
         seed = derive_seed(self.config.seed, "augment", self.steps)
         return list(self.augmentation.drawn_by(seed, bank.pixels(ids), targets, group))
 
-    def _loss(self, images: Tensor, answers: list[Tensor], ids: Tensor, lanes: int) -> Tensor:
+    def _loss(
+        self, images: Tensor, answers: list[Tensor], ids: Tensor, lanes: int | None
+    ) -> Tensor:
+        """The loss of a batch; its first ``lanes`` go into the metrics (None: none do)."""
         total = torch.zeros((), device=self.device)
         if self.task is not None and self.student.head is not None:
             targets = answers[0] if answers else self.task.targets(self.parts.train, ids)
             shown = images if self.views is None else self.views(images)
             outputs = self.student.head(*task_input(self.task, self.student.features(shown)))
             losses = self.task.losses(outputs, targets)
-            self.metrics.add("student/task_loss", losses[:lanes])
-            correct = self.task.correct(outputs, targets)
-            self.metrics.add(f"student/{self.task.score}", correct[:lanes])
+            if lanes is not None:
+                self.metrics.add("student/task_loss", losses[:lanes])
+                correct = self.task.correct(outputs, targets)
+                self.metrics.add(f"student/{self.task.score}", correct[:lanes])
             total = total + losses.mean()
         if self.contrastive is not None:
             alike: Tensor = self.contrastive(self._pooled, images, ids)
-            self.metrics.add("student/contrastive_loss", alike)
+            if lanes is not None:
+                self.metrics.add("student/contrastive_loss", alike)
             total = total + self.weight * alike
         return total
 
@@ -250,6 +281,7 @@ class ControlTrainer:
         """Means since the last call under their TensorBoard tags, read by the host at once."""
         means = self.metrics.drain()
         means["student/nonfinite_steps"] = float(self.updates.bad_steps)
+        means |= self.parts.train.drain_metrics()
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,7 +305,7 @@ class ControlTrainer:
         if self.contrastive is not None:
             self.contrastive.load_state_dict(state["contrastive"])
         self.updates.load_state_dict(dict(state))
-        self.pool = state["pool"].to(self.device)
+        self.pool, self._pool_on_host = state["pool"].to(self.device), None
         self.stream.load_state_dict(state["stream"])
         self.recent = state["recent"].to(self.device)
         changed = state.get("recent_changed", ())  # of which earlier versions knew nothing

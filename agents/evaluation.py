@@ -291,6 +291,7 @@ def linear_probe_accuracy(trainer: Embedder, train_images: int) -> float:
 def _features(trainer: Embedder, bank: ImageBank, images: int) -> tuple[np.ndarray, np.ndarray]:
     ids = torch.arange(images, device=trainer.device)
     pooled = [
-        trainer.embed(bank.pixels(part), trainer.evaluation_student)[1] for part in chunks(ids)
+        trainer.embed(bank.pixels(part), trainer.evaluation_student)[1]
+        for part in bank.announced(chunks(ids))
     ]
     return torch.cat(pooled).cpu().numpy(), bank.labels[:images].cpu().numpy()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repfusion_env.config import ReinforceConfig
+from repfusion_env.ranks import ALONE, Ranks
 
 CONVOLUTION_WIDTH = 64
 # Not minus infinity: the entropy multiplies it by a probability of 0.
@@ -111,10 +112,24 @@ class CategoricalPolicy(nn.Module):
         return torch.cat(chosen, dim=1).sum(1)
 
     @torch.no_grad()
-    def sample(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        """One action per observation, int64 (N,) or (N, m), drawn with ``generator``."""
-        parts = self(observations).exp().split(self.sizes, dim=-1)
-        return self._action([torch.multinomial(part, 1, generator=generator) for part in parts])
+    def sample(
+        self, observations: Tensor, generator: torch.Generator, ranks: Ranks = ALONE
+    ) -> Tensor:
+        """One action per observation, int64 (N,) or (N, m), drawn with ``generator``.
+
+        Args:
+            observations: (N, ...) of this rank's lanes.
+            generator: In the same state on every rank; it draws for all of their lanes.
+            ranks: Who has the others.
+        """
+        columns = []
+        for part in self(observations).exp().split(self.sizes, dim=-1):
+            # A race of exponential clocks draws from categories; torch.multinomial does the same
+            # with the same numbers, but knows of no other ranks' rows.
+            clocks = part.new_empty(len(part) * ranks.count, part.shape[1])
+            clocks.exponential_(generator=generator)
+            columns.append((part / ranks.share(clocks)).argmax(dim=-1, keepdim=True))
+        return self._action(columns)
 
     @torch.no_grad()
     def greedy(self, observations: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.figures import reward_by_arm_figure, save_figure, summary_figure
 from repfusion_env.layer_names import short_names
 from repfusion_env.metric_names import metric_name
+from repfusion_env.observations import SAMPLE
 from repfusion_env.prediction_figure import draw_predictions, prediction_figure
 from repfusion_env.runs import Run, writing
 from repfusion_env.tasks import Task
@@ -71,6 +72,9 @@ def report(
     if found.layers is not None:
         shares = np.bincount(found.layers, minlength=len(found.layer_names)) / len(found.layers)
         summary["layer"] = dict(zip(found.layer_names, shares.tolist(), strict=True))
+    caches = trainer.parts.features.caches
+    if caches is not None:
+        summary["cache"] = caches.summary()
     summary |= unreadable_images(trainer.parts.train, trainer.parts.heldout)
     _draw(run, env, found, decisions)
     run.write_summary(summary)
@@ -88,18 +92,30 @@ def teacher_evaluations(env: RepFusionVectorEnv, timesteps: int, decisions: int)
 
     Returns:
         ``setup``: the feature statistics, the clusters that are labels, and the embedding that the
-        agent sees; ``training``.
+        agent sees; ``training``, in which the agent's looks at streamed images count too.
     """
     config, train = env.config, len(env.trainer.parts.train)
     points = {*env.grid.timesteps, *config.fusion.timesteps}
     images = min(config.teacher.standardize_images, train)
     whole = config.teacher.standardize == "grid"
     setup = images if whole else len(points) * images
-    if config.observation.source == "teacher":
+    looks = 0
+    caches = env.trainer.parts.features.caches
+    kept, embedded = env.trainer.parts.features.setup_computed
+    setup = setup if kept is None else kept
+    setup += caches is not None  # one image to learn the features' shapes from
+    if embedded is not None:
+        setup += embedded
+    elif config.observation.source == "teacher" and env.trainer.parts.train.streamed:
+        setup, looks = setup + min(SAMPLE, train), decisions
+    elif config.observation.source == "teacher":
         setup += train
     if config.data.labels == "clusters":
         setup += train + len(env.trainer.parts.heldout)
-    return {"setup": setup, "training": decisions * (timesteps + len(config.fusion.timesteps))}
+    if caches is not None:
+        return {"setup": setup, "training": looks + caches.summary()["computed"]}
+    distilled = decisions * (timesteps + len(config.fusion.timesteps))
+    return {"setup": setup, "training": looks + distilled}
 
 
 def log_evaluation(

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,21 @@ from torch import nn
 
 from agents.command_line import INTERRUPTED, Command, script_of
 from agents.evaluation import Chooser, evaluate
+from agents.rank_session import FollowingRun, about, build_alike, own_device
 from agents.reporting import log_evaluation, report
 from repfusion_env.checkpoint import CheckpointError, CheckpointWarning
 from repfusion_env.config import ExperimentConfig
+from repfusion_env.data.decoding_ahead import StreamError
 from repfusion_env.envs import RepFusionVectorEnv
 from repfusion_env.progress import Progress
+from repfusion_env.ranks import ALONE, OtherRankError, Ranks, say
 from repfusion_env.runs import Run, RunError, writing
 from repfusion_env.trainer import NonFiniteError
 from repfusion_env.weights import save_weights
 
 FAILED = 1
+# Within so many seconds a second signal is the first one's echo by the launcher.
+ECHO_SECONDS = 3.0
 
 
 class Interrupted(Exception):
@@ -42,8 +48,11 @@ class BaseSession:
         run: The run folder.
         config: The run's configuration.
         restored: (step, state) of the checkpoint to go on from, or None.
-        interrupted: Whether the user asked to stop; the next save ends the session.
+        interrupted: Whether the user asked this process to stop; the next save ends the session.
+        ranks: The processes that train together.
     """
+
+    ranks: Ranks = ALONE
 
     @staticmethod
     def build(config: ExperimentConfig, settings: Mapping[str, str]) -> Any:
@@ -73,10 +82,16 @@ class BaseSession:
     @contextmanager
     def progress(self, step: int) -> Iterator[Progress]:
         """The progress bar, with Ctrl-C and SIGTERM turned into a save at the next step."""
+        asked = 0.0
 
         def ask_to_stop(*_: object) -> None:
-            if self.interrupted:
+            nonlocal asked
+            # A launcher passes on what the terminal has already said to every rank.
+            echo = self.ranks.several and time.monotonic() - asked < ECHO_SECONDS
+            if self.interrupted and not echo:
                 raise KeyboardInterrupt
+            if not self.interrupted:
+                asked = time.monotonic()
             self.interrupted = True
 
         before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -89,6 +104,10 @@ class BaseSession:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def asked_to_stop(self) -> bool:
+        """Whether the user asked any rank to stop; asked of all ranks at the same step."""
+        return self.ranks.any(self.interrupted)
 
     @staticmethod
     def due(step: int, advance: int, every: int) -> bool:
@@ -105,11 +124,17 @@ class BaseSession:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint; ends the session where the user asked for it.
 
+        Args:
+            step: Steps done.
+            state: The same on all ranks; rank 0 writes it.
+
         Raises:
             Interrupted: After saving, when Ctrl-C or SIGTERM had arrived.
         """
-        self.run.save_checkpoint(step, state | {"seconds": self.seconds})
-        if self.interrupted and step < self.config.total_steps:
+        self.ranks.on_main(
+            lambda: self.run.save_checkpoint(step, state | {"seconds": self.seconds})
+        )
+        if self.asked_to_stop() and step < self.config.total_steps:
             raise Interrupted
 
 
@@ -121,9 +146,11 @@ class Session(BaseSession):
     """
 
     @staticmethod
-    def build(config: ExperimentConfig, settings: Mapping[str, str]) -> RepFusionVectorEnv:
-        """The environment."""
-        return RepFusionVectorEnv(config=config)
+    def build(
+        config: ExperimentConfig, settings: Mapping[str, str], ranks: Ranks = ALONE
+    ) -> RepFusionVectorEnv:
+        """The environment, with this rank's share of the lanes."""
+        return RepFusionVectorEnv(config=own_device(config, ranks), ranks=ranks)
 
     def __init__(
         self, run: Run, built: RepFusionVectorEnv, restored: tuple[int, dict[str, Any]] | None
@@ -131,6 +158,7 @@ class Session(BaseSession):
         """See :class:`BaseSession`."""
         super().__init__(run, built, restored)
         self.env = built
+        self.ranks = built.ranks
 
     def log(self, step: int, progress: Progress, extra: dict[str, float]) -> None:
         """Read the device's metrics and write one row under the tags all agents share."""
@@ -143,7 +171,7 @@ class Session(BaseSession):
         layers = metrics.get("layer/counts")
         if layers:
             histograms["layer/histogram"] = np.repeat(np.arange(len(layers)), layers)
-        self.run.log(step, self.decisions(step), metrics, histograms)
+        self.ranks.on_main(lambda: self.run.log(step, self.decisions(step), metrics, histograms))
         shown = {"reward": metrics["reward/mean"], "timestep": metrics["timestep/mean"]}
         chosen = metrics["timestep/entropy"] + metrics.get("layer/entropy", 0.0)
         shown["entropy"] = metrics.get("policy/entropy", chosen)
@@ -151,14 +179,21 @@ class Session(BaseSession):
 
     def evaluate(self, step: int, choose: Chooser) -> None:
         """Judge the policy on held-out images on the way and log the outcome."""
-        found = evaluate(self.env, choose, self.config.evaluation.images)
-        log_evaluation(self.run, self.env, step, self.decisions(step), found)
+
+        def judge() -> None:
+            found = evaluate(self.env, choose, self.config.evaluation.images)
+            log_evaluation(self.run, self.env, step, self.decisions(step), found)
+
+        self.ranks.on_main(judge)
 
     def finish(self, step: int, choose: Chooser, policy: nn.Module) -> None:
         """Evaluate, write weights, figure and summary, and print the table.
 
         The summary is written last: where there is one, the run is complete.
         """
+        self.ranks.on_main(lambda: self._finish(step, choose, policy))
+
+    def _finish(self, step: int, choose: Chooser, policy: nn.Module) -> None:
         seconds = self.seconds
         print("evaluating on held-out images ...", file=sys.stderr)
         found = evaluate(self.env, choose, self.config.evaluation.images)
@@ -175,6 +210,7 @@ def run_session(
     agent: str,
     train: Callable[[Any], None],
     kind: type[BaseSession] = Session,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Open or make the run folder, train in it, and turn what can happen into exit codes.
 
@@ -183,26 +219,32 @@ def run_session(
         agent: Name of the agent; of a resumed run only the family before ``-`` must be the same.
         train: The agent's training loop, given a ``kind``.
         kind: What it needs around it.
+        ranks: The processes that do it together; all of them call this.
 
     Raises:
         ValueError: Something does not fit, said before training begins.
     """
-    session = _open(command, agent, kind)
+    if ranks.several:
+        session = _open_shared(command, agent, kind, ranks)
+    else:
+        session = _open(command, agent, kind)
     if session is None:
         return 0
     with session.run as run:
-        go_on = f"go on with: {_command(run.agent)} --resume {shlex.quote(str(run.folder))}"
+        resume = f"--resume {shlex.quote(str(run.folder))}"
+        go_on = f"go on with: {_command(run.agent, ranks)} {resume}"
         try:
             train(session)
         except Interrupted:
-            print(go_on, file=sys.stderr)
+            say(go_on)
             return INTERRUPTED
         except KeyboardInterrupt:
-            print(f"stopped at once; the last checkpoint stands; {go_on}", file=sys.stderr)
+            say(f"stopped at once; the last checkpoint stands; {go_on}")
             return INTERRUPTED
-        except (NonFiniteError, CheckpointError, RunError) as error:
-            print(f"error: {error}", go_on, sep="\n", file=sys.stderr)
+        except (NonFiniteError, CheckpointError, RunError, OtherRankError, StreamError) as error:
+            say(f"error: {error}\n{go_on}")
             return FAILED
+        ranks.close()
     return 0
 
 
@@ -212,11 +254,60 @@ def _open(command: Command, agent: str, kind: type[BaseSession]) -> BaseSession 
         assert command.config is not None
         # Everything is loaded and checked first: what is refused leaves no empty run folder.
         built = kind.build(command.config, command.settings)
-        run = Run.create(
-            command.config, agent=agent, label=command.label, settings=command.settings
-        )
-        return kind(run, built, None)
-    run = Run.resume(command.resume)
+        return kind(_created(command, agent), built, None)
+    run, restored = _resumed(command.resume, agent)
+    if run is None:
+        return None
+    try:
+        return kind(run, kind.build(run.config, run.settings), restored)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _open_shared(command: Command, agent: str, kind: Any, ranks: Ranks) -> BaseSession | None:
+    """:func:`_open` on every rank: rank 0 has the run folder, and reads what all go on from."""
+    if not ranks.main:
+        Progress.silence()
+    opened: list[Run] = []
+    if command.resume is None:
+        config, settings = command.config, command.settings
+        assert config is not None
+        built = build_alike(kind.build, config, settings, ranks)
+
+        def create() -> Any:
+            opened.append(_created(command, agent))
+            return about(opened[0])
+
+        facts = ranks.from_main(create)
+        return kind(opened[0] if ranks.main else FollowingRun(*facts), built, None)
+    folder = command.resume
+
+    def resume() -> Any:
+        run, last = _resumed(folder, agent)
+        opened.extend([] if run is None else [run])
+        return None if run is None else (about(run), last)
+
+    found = ranks.from_main(resume)
+    if found is None:
+        return None
+    facts, restored = found
+    run = opened[0] if ranks.main else FollowingRun(*facts)
+    try:
+        return kind(run, build_alike(kind.build, run.config, run.settings, ranks), restored)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _created(command: Command, agent: str) -> Run:
+    assert command.config is not None
+    return Run.create(command.config, agent=agent, label=command.label, settings=command.settings)
+
+
+def _resumed(folder: Path, agent: str) -> tuple[Run | None, tuple[int, dict[str, Any]] | None]:
+    """The run in ``folder`` and its last checkpoint; (None, None) where the run is complete."""
+    run = Run.resume(folder)
     try:
         if run.agent.partition("-")[0] != agent.partition("-")[0]:
             raise ValueError(
@@ -226,9 +317,8 @@ def _open(command: Command, agent: str, kind: type[BaseSession]) -> BaseSession 
         if run.summary_path.is_file():
             print(f"the run is complete; see {run.summary_path}", file=sys.stderr)
             run.close()
-            return None
-        restored = _last_checkpoint(run)
-        return kind(run, kind.build(run.config, run.settings), restored)
+            return None, None
+        return run, _last_checkpoint(run)
     except BaseException:
         run.close()
         raise
@@ -245,5 +335,6 @@ def _last_checkpoint(run: Run) -> tuple[int, dict[str, Any]] | None:
     return restored
 
 
-def _command(agent: str) -> str:
-    return f"python -m agents.{script_of(agent)}"
+def _command(agent: str, ranks: Ranks = ALONE) -> str:
+    launcher = f"torchrun --nproc_per_node {ranks.count}" if ranks.several else "python"
+    return f"{launcher} -m agents.{script_of(agent)}"

@@ -3,6 +3,7 @@
     python agents/train_reinforce.py                              # configs/digits.yaml, a minute
     python agents/train_reinforce.py --config configs/cifar10.yaml --data.path FOLDER
     python agents/train_reinforce.py --resume runs/NAME           # after Ctrl-C or a kill
+    torchrun --nproc_per_node 4 agents/train_reinforce.py         # docs/distributed.md
 
 Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement
 learning", Machine Learning 8, 1992.
@@ -21,6 +22,7 @@ from agents.command_line import guarded, parse
 from agents.sb3_algorithms import fitting
 from repfusion_env.actions import action_kind, names_of_kinds
 from repfusion_env.config_loading import ConfigError
+from repfusion_env.ranks import connect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +82,7 @@ class Reinforce:
         if problems := conflicts(env.config):
             raise ConfigError(problems)
         self.config: ReinforceConfig = env.config.reinforce
+        self.ranks = env.ranks
         shape = env.single_observation_space.shape
         assert shape is not None
         with own_randomness(derive_seed(seed, "policy")):
@@ -103,7 +106,8 @@ class Reinforce:
             {"params": others, "lr": self.config.learning_rate},
             {"params": biases, "lr": self.config.bias_learning_rate},
         ]
-        self.optimizer = torch.optim.Adam(groups)
+        # On a CPU the fused form rounds differently, and these networks are small.
+        self.optimizer = torch.optim.Adam(groups, fused=True if env.device.type == "cuda" else None)
         self.generator = torch.Generator(env.device).manual_seed(derive_seed(seed, "choices"))
         self.group_size = env.config.env.group_size
 
@@ -118,7 +122,7 @@ class Reinforce:
 
         Args:
             rewards: (L, N) rewards to go.
-            values: (L, N) predicted rewards, for ``baseline: value``.
+            values: (L, N) predicted rewards, for ``baseline: value``; N as in ``rewards``.
         """
         if self.config.baseline == "batch":
             advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -153,7 +157,11 @@ class Reinforce:
         to_go = rewards.flip(0).cumsum(0).flip(0)
         flat = observations.flatten(0, 1)
         values = None if self.value is None else self.value(flat)[:, 0].view_as(to_go)
-        advantages = self.advantages(to_go, values)
+        # A baseline and a deviation over the lanes are those of all ranks' lanes.
+        everyone = [to_go] if values is None else [to_go, values.detach()]
+        everyone = [self.ranks.all(part.T).T for part in everyone]
+        advantages = self.advantages(everyone[0], None if values is None else everyone[1])
+        advantages = self.ranks.share(advantages.T).T
         log_probabilities = self.policy(flat)  # (L*N, A)
         chosen = self.policy.log_probability(log_probabilities, actions.flatten(0, 1))
         chosen = chosen.view_as(to_go)
@@ -164,6 +172,7 @@ class Reinforce:
             loss = loss + (values - to_go).square().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.mean_([p.grad for p in self.parameters if p.grad is not None])
         if self.config.gradient_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
         self.optimizer.step()
@@ -207,7 +216,7 @@ def train(session: Session) -> None:
             # ROLLOUT: one episode of every lane
             observations, actions, rewards = [], [], []
             for _ in range(length):
-                action = agent.policy.sample(observation, agent.generator)
+                action = agent.policy.sample(observation, agent.generator, env.ranks)
                 observations.append(observation)
                 actions.append(action)
                 observation, reward, _, _, _ = env.step(action)
@@ -223,6 +232,7 @@ def train(session: Session) -> None:
             # LOG AND SAVE
             if session.due(step, length, config.run.log_every) or step >= config.total_steps:
                 weight = agent.entropy_weight(step / config.total_steps)
+                env.ranks.mean_(list(figures.values()))
                 session.log(
                     step,
                     progress,
@@ -233,7 +243,7 @@ def train(session: Session) -> None:
                 session.evaluate(step, agent.policy.greedy)
             if (
                 session.due(step, length, config.run.checkpoint_every)
-                or session.interrupted
+                or session.asked_to_stop()
                 or step >= config.total_steps
             ):
                 session.save(step, {"env": env.state_dict(), "agent": agent.state_dict()})
@@ -250,10 +260,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=DESCRIPTION,
             conflicts=conflicts,
             hidden=("sb3", "bandit"),
+            several=True,
         )
         from agents.session import run_session
 
-        return run_session(command, agent="reinforce", train=train)
+        return run_session(command, agent="reinforce", train=train, ranks=connect())
 
     return guarded(run, PROG)
 

@@ -20,6 +20,7 @@ from repfusion_env.config_loading import ConfigError
 from repfusion_env.data.annotations import IGNORE, NO_BOX, Keypoints, Masks
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.noise import own_randomness
+from repfusion_env.ranks import ALONE, Ranks
 from repfusion_env.registry import did_you_mean
 
 # The forms of targets, and their dimensions beside B.
@@ -120,7 +121,9 @@ class Augmentation:
         self._exchange = _exchange(bank, annotation) if config.flip else None
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, targets: Tensor, group: int = 1) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, targets: Tensor, group: int = 1, ranks: Ranks = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """Change each image, and its target with it.
 
         Args:
@@ -129,6 +132,7 @@ class Augmentation:
                 int64 (B, H, W); points float32 (B, P, 3) as x, y, visible; boxes float32 (B, G, 5)
                 as left, top, right, bottom, label.
             group: Neighbouring rows that share one change (lanes that hold the same image).
+            ranks: Changes are drawn for the lanes of all of them; these are this rank's.
 
         Returns:
             New tensors of the same shapes and types; the given ones stay as they are. Pixels from
@@ -143,6 +147,7 @@ class Augmentation:
         height, width = images.shape[2:]
         groups = math.ceil(len(images) / max(group, 1))
         rows = torch.arange(len(images), device=images.device) // max(group, 1)
+        rows, groups = rows + ranks.index * groups, ranks.count * groups
         movement = self._movement(groups, rows, height, width, images.device)
         moved = movement.of_images(images)
         if self.config.jitter:
@@ -150,14 +155,14 @@ class Augmentation:
         return moved, self._follow(movement, targets, height, width)
 
     def drawn_by(
-        self, seed: int, images: Tensor, targets: Tensor, group: int = 1
+        self, seed: int, images: Tensor, targets: Tensor, group: int = 1, ranks: Ranks = ALONE
     ) -> tuple[Tensor, Tensor]:
         """As a call, but drawn from ``seed`` alone; the global generators stay as they are.
 
         Rows that are no whole number of groups are changed each by itself.
         """
         with own_randomness(seed, images.device):
-            return self(images, targets, group if len(images) % group == 0 else 1)
+            return self(images, targets, group if len(images) % group == 0 else 1, ranks)
 
     def _check(self, images: Tensor, targets: Tensor) -> None:
         count, form = len(images), FORMS[self.annotation]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from repfusion_env.ranks import refuse_several, say
 from repfusion_env.registry import did_you_mean
 
 WRONG_USE = 2
@@ -41,6 +42,7 @@ class Parser(argparse.ArgumentParser):
             ValueError: An option is unknown, or its value is not what it takes.
         """
         words = list(sys.argv[1:] if argv is None else argv)
+        refuse_several(self.prog)
         found, unknown = self.parse_known_args(words)
         if unknown:
             word = unknown[0].partition("=")[0]
@@ -93,10 +95,10 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return WRONG_USE
     except KeyboardInterrupt:
-        print("stopped; what was not saved is lost", file=sys.stderr)
+        say("stopped; what was not saved is lost")
         return INTERRUPTED
 
 
@@ -108,16 +110,17 @@ def guarded_ours(command: Callable[[], int], stopped: str) -> int:
         stopped: The sentence after Ctrl-C: what is kept.
     """
     try:
+        refuse_several("this command")
         return command()
     except (ValueError, TypeError, OSError) as error:
         problems = getattr(error, "problems", None)  # of a ConfigError, a sentence each
         if problems is None and not isinstance(error, OSError) and not is_ours(error):
             raise
         for problem in [error] if problems is None else problems:
-            print(f"error: {problem}", file=sys.stderr)
+            say(f"error: {problem}")
         return WRONG_USE
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+        say(stopped)
         return INTERRUPTED
 
 

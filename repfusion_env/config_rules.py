@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from repfusion_env import actions, contrastive_rules, fusion_rules, loss_rules, registry
+from repfusion_env import (
+    actions,
+    cache_rules,
+    contrastive_rules,
+    data_rules,
+    fusion_rules,
+    loss_rules,
+    registry,
+    speed_rules,
+)
 from repfusion_env.config import ExperimentConfig, TimestepConfig
 from students import registry as students
 
@@ -33,6 +42,9 @@ def conflicts(config: ExperimentConfig) -> list[str]:
         *_grid_conflicts(config.timesteps),
         *_run_conflicts(config),
         *contrastive_rules.conflicts(config),
+        *data_rules.conflicts(config),
+        *cache_rules.conflicts(config),
+        *speed_rules.conflicts(config),
     ]
 
 

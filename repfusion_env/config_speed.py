@@ -32,10 +32,10 @@ class CacheConfig:
     shorthand: ClassVar[str] = "store"
     store: Store = option(
         "off",
-        "memory: on the device; disk: a memory-mapped file under cache.folder, and on the device "
+        "memory: on the device; disk: memory-mapped files under cache.folder, and on the device "
         "too where it fits; auto: memory where it fits, else disk",
     )
     folder: StrictStr = option("cache", "where the files of caches are; processes may share it")
     memory_gib: Positive = option(1.0, "most memory of the device that one cache may take, in GiB")
-    disk_gib: Positive = option(20.0, "most that the file of one cache may hold, in GiB")
+    disk_gib: Positive = option(20.0, "most that the files of one cache may hold, in GiB")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "how cached features are kept")

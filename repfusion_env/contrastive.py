@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from repfusion_env.config import ContrastiveConfig, ExperimentConfig
 from repfusion_env.contrastive_rules import missing_packages
 from repfusion_env.noise import derive_seed, own_randomness
+from repfusion_env.ranks import ALONE, Ranks
 
 # As SimCLR has them: hue moves a quarter as far, and some views are changed in color or lose it.
 HUE, JITTERED, GREY = 0.25, 0.8, 0.2
@@ -106,16 +107,24 @@ class Contrastive(nn.Module):
         # number by way of all (pair, negative) triples: 366 ms for 128 images where this takes 2.
         self.loss = SupConLoss(config.temperature, reducer=MeanReducer())
 
-    def forward(self, embed: Callable[[Tensor], Tensor], images: Tensor, ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        embed: Callable[[Tensor], Tensor],
+        images: Tensor,
+        ids: Tensor,
+        ranks: Ranks = ALONE,
+    ) -> Tensor:
         """The loss of one batch, ().
 
         Args:
             embed: From images to float32 features (B, S), with gradients.
             images: (B, C, H, W) in [-1, 1].
             ids: (B,) int64, which image each is.
+            ranks: Whose images are told apart; each has B.
         """
         pairs = images.repeat(2, 1, 1, 1)
-        loss: Tensor = self.loss(self.head(embed(self.views(pairs))), ids.repeat(2))
+        seen = ranks.all(self.head(embed(self.views(pairs))))
+        loss: Tensor = self.loss(seen, ranks.all(ids.repeat(2)))
         return loss
 
 

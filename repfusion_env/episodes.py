@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repfusion_env.actions.choice import Choice
+from repfusion_env.ranks import ALONE, Ranks
 
 
 class Episodes:
@@ -45,13 +46,13 @@ class Episodes:
             return finished, finished.copy(), nobody
         return finished, nobody, finished.copy()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Elapsed decisions per lane."""
-        return {"elapsed": self._elapsed.tolist()}
+    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Elapsed decisions per lane; ranks go through their episodes in step."""
+        return {"elapsed": self._elapsed.tolist() * ranks.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._elapsed[:] = state["elapsed"]
+        self._elapsed[:] = state["elapsed"][: len(self._elapsed)]
 
 
 class Decisions:
@@ -62,11 +63,19 @@ class Decisions:
         layers: Layers of the teacher.
         device: Where the choices are.
         keep_history: Keep the mean reward of every step, for rendering.
+        ranks: Whose decisions are told of.
     """
 
     def __init__(
-        self, places: int, layers: int, device: torch.device, *, keep_history: bool
+        self,
+        places: int,
+        layers: int,
+        device: torch.device,
+        *,
+        keep_history: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._places, self._layers = places, layers
         self._device, self._keep_history = device, keep_history
         self.restart()
@@ -101,6 +110,7 @@ class Decisions:
 
     def drain_outside(self) -> int:
         """Actions outside the space since the last call."""
+        self._ranks.sum_([self._outside])
         count = int(self._outside)
         self._outside.zero_()
         return count
@@ -111,6 +121,7 @@ class Decisions:
         A timestep between two entries of the grid counts for the nearer one; the mean is exact.
         Where layers are chosen, their counts and entropy too.
         """
+        self._ranks.sum_([self._since_drain, self._layers_since_drain, self._timestep_sum])
         counts, layers = self._since_drain.tolist(), self._layers_since_drain.tolist()
         timesteps = int(self._timestep_sum)
         for tensor in (self._since_drain, self._layers_since_drain, self._timestep_sum):
@@ -131,18 +142,24 @@ class Decisions:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, for a resume."""
-        return {
+        """Counts of all ranks, for a resume."""
+        counts = {
             "total": self.total,
             "since_drain": self._since_drain,
             "layer_total": self.layer_total,
             "layers_since_drain": self._layers_since_drain,
             "timestep_sum": self._timestep_sum,
         }
+        if self._ranks.several:
+            counts = {name: value.clone() for name, value in counts.items()}
+            self._ranks.sum_(list(counts.values()))
+        return counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave; rank 0 keeps it for all."""
         self.restart()
+        if not self._ranks.main:
+            return
         self.total.copy_(state["total"])
         self._since_drain.copy_(state["since_drain"])
         self.layer_total.copy_(state["layer_total"])

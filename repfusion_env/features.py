@@ -13,12 +13,29 @@ from torch.nn import functional
 
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.data.bank import ImageBank
+from repfusion_env.feature_cache.opening import FeatureCaches, reachable_timesteps
+from repfusion_env.feature_cache.setup import embedding_caches, statistics_caches
+from repfusion_env.groups import spread
 from repfusion_env.noise import derive_seed, keyed_noise
 from repfusion_env.progress import watched
 from repfusion_env.teachers.base import Teacher
 from repfusion_env.timesteps import TimestepGrid
 
 CHUNK = 256
+
+
+def training_noise_seed(config: ExperimentConfig, seed: int) -> int:
+    """Seed of the teacher's noise on training images of a run with ``seed``."""
+    return derive_seed(_noise_seed(config, seed), "noise")
+
+
+def heldout_noise_seed(config: ExperimentConfig) -> int:
+    """Seed of the noise where nothing is trained; the same however the student was seeded."""
+    return derive_seed(_noise_seed(config, config.seed), "held-out noise")
+
+
+def _noise_seed(config: ExperimentConfig, seed: int) -> int:
+    return seed if config.teacher.noise_seed is None else config.teacher.noise_seed
 
 
 def chunks(ids: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
@@ -43,6 +60,7 @@ class TeacherFeatures:
 
     Attributes:
         shapes: (F, h, w) of each layer for the images of ``bank``.
+        caches: What is kept of them; None under ``cache.store: off``.
     """
 
     def __init__(
@@ -55,7 +73,13 @@ class TeacherFeatures:
         self.per_timestep = config.teacher.standardize == "timestep"
         self.shapes: list[tuple[int, int, int]] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._setup: FeatureCaches | None = None
+        self._embedding: FeatureCaches | None = None
         points = tuple(dict.fromkeys((*grid.timesteps, *config.fusion.timesteps)))
+        if config.cache.store != "off":
+            self._look_at_one(bank)
+            self._setup = statistics_caches(config, teacher, points, self.shapes, bank)
+            self._embedding = embedding_caches(config, teacher, self.shapes, bank)
         measured = self._measure(
             torch.tensor(points, device=grid.tensor.device), bank, config.teacher.standardize_images
         )
@@ -66,11 +90,46 @@ class TeacherFeatures:
                 (_between(m, points, count), _between(d, points, count)) for m, d in measured
             ]
         self._statistics = measured
+        self.caches: FeatureCaches | None = None
+        if config.cache.store != "off":
+            reachable = reachable_timesteps(config, grid, teacher.num_timesteps)
+            self.caches = FeatureCaches(config, teacher, reachable, self.shapes, bank)
 
     @property
     def widths(self) -> list[int]:
         """Feature width F of each layer."""
         return [shape[0] for shape in self.shapes]
+
+    @property
+    def setup_computed(self) -> tuple[int | None, int | None]:
+        """Images that went through the teacher for the statistics, and for embeddings of training.
+
+        None where the cache does not keep these, so that all of them did.
+        """
+        statistics, embedding = (
+            None if caches is None else caches.training.computed
+            for caches in (self._setup, self._embedding)
+        )
+        return statistics, embedding
+
+    def embedded(self, bank: ImageBank, ids: Tensor, timestep: int) -> Tensor:
+        """Pooled features of clean images, all layers side by side, (N, sum of F).
+
+        Args:
+            bank: Where ``ids`` point.
+            ids: ``(N,)`` image ids.
+            timestep: ``observation.timestep``.
+        """
+
+        def compute(lanes: Tensor, at: Tensor) -> Tensor:
+            maps = self.teacher.features(self.teacher.encode(bank.pixels(ids)[lanes]), at)
+            return torch.cat([maps[layer].mean((2, 3)) for layer in self.teacher.layers], dim=1)
+
+        at = torch.full_like(ids, timestep)
+        if self._embedding is None:
+            return compute(torch.arange(len(ids), device=ids.device), at)
+        (layers,) = self._embedding.read(bank, ids, at[:, None], 0, None, compute)
+        return torch.cat(layers, dim=1)
 
     def clean(self, bank: ImageBank, ids: Tensor) -> Tensor:
         """What noise is added to: the images as the teacher encodes them, (N, ...)."""
@@ -110,6 +169,70 @@ class TeacherFeatures:
         self, clean: Tensor, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
     ) -> list[Tensor]:
         """Features of what :meth:`clean` gave, so that several timesteps encode an image once."""
+        raw = self._raw(clean, ids, timesteps, visits, noise_seed)
+        return self._standardized(raw, timesteps)
+
+    def each(
+        self,
+        bank: ImageBank,
+        ids: Tensor,
+        timesteps: Tensor,
+        visits: Tensor,
+        noise_seed: int,
+        images: Tensor | None = None,
+        group: int = 1,
+    ) -> Iterator[list[Tensor]]:
+        """As a call, for several timesteps of each image in turn; out of the cache, if any.
+
+        Args:
+            bank: Where ``ids`` point.
+            ids: ``(N,)`` image ids.
+            timesteps: ``(N, T)`` timesteps.
+            visits: ``(N,)`` keys of fresh noise.
+            noise_seed: Seed of the noise.
+            images: ``(N / group, C, H, W)`` in [-1, 1], what augmentation made of the images; None:
+                as they are in the bank. Out of the cache, some may be mirrored, and no more.
+            group: So many neighbours in ``ids`` are the same image, which is encoded once.
+
+        Yields:
+            The features per layer, T times.
+        """
+        if self.caches is not None:
+            shown = None if images is None else spread(images, group)
+            found = self._kept(self.caches, bank, ids, timesteps, noise_seed, shown)
+            for raw, at in zip(found, timesteps.unbind(1), strict=True):
+                yield self._standardized(raw, at)
+            return
+        alone = self.clean(bank, ids[::group]) if images is None else self.teacher.encode(images)
+        clean = spread(alone, group)
+        for at in timesteps.unbind(1):
+            yield self.at(clean, ids, at, visits, noise_seed)
+
+    def _kept(
+        self,
+        caches: FeatureCaches,
+        bank: ImageBank,
+        ids: Tensor,
+        timesteps: Tensor,
+        noise_seed: int,
+        images: Tensor | None,
+    ) -> list[list[Tensor]]:
+        mirrored = None
+        if images is not None:
+            mirrored = (images != bank.pixels(ids)).flatten(1).any(1)
+
+        def compute(lanes: Tensor, at: Tensor) -> Tensor:
+            shown = (bank.pixels(ids) if images is None else images)[lanes]
+            visits = torch.zeros_like(lanes)
+            raw = self._raw(self.teacher.encode(shown), ids[lanes], at, visits, noise_seed)
+            return torch.cat([feature.flatten(1) for feature in raw], dim=1)
+
+        return caches.read(bank, ids, timesteps, noise_seed, mirrored, compute)
+
+    def _raw(
+        self, clean: Tensor, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
+    ) -> list[Tensor]:
+        """Features as the teacher gives them, pooled or dense, per layer."""
         inputs = self._noised(clean, ids, timesteps, visits, noise_seed)
         maps = self.teacher.features(inputs, timesteps)
         features = [maps[layer] for layer in self.teacher.layers]
@@ -117,14 +240,22 @@ class TeacherFeatures:
             self.shapes = [(f.shape[1], f.shape[2], f.shape[3]) for f in features]
         if not self.dense:
             features = [feature.mean((2, 3)) for feature in features]
+        return features
+
+    def _standardized(self, features: list[Tensor], timesteps: Tensor) -> list[Tensor]:
         if not self._statistics:
             return features
         rows = timesteps if self.per_timestep else torch.zeros_like(timesteps)
-        shape = (len(ids), -1, 1, 1) if self.dense else (len(ids), -1)
+        shape = (len(rows), -1, 1, 1) if self.dense else (len(rows), -1)
         return [
             (feature - mean[rows].view(shape)) / deviation[rows].view(shape)
             for feature, (mean, deviation) in zip(features, self._statistics, strict=True)
         ]
+
+    def _look_at_one(self, bank: ImageBank) -> None:
+        """Learn the features' shapes."""
+        ids = torch.zeros(1, dtype=torch.int64, device=bank.device)
+        self._raw(self.clean(bank, ids), ids, ids, ids, 0)
 
     def _measure(self, points: Tensor, bank: ImageBank, count: int) -> list[tuple[Tensor, Tensor]]:
         """Mean and deviation of each layer, (1, F) over all points or (points, F) for each."""
@@ -155,7 +286,12 @@ class TeacherFeatures:
         sums: list[Tensor] = []
         for part in chunks(torch.arange(len(ids), device=ids.device)):
             visits = torch.zeros_like(part)
-            for index, feature in enumerate(self(bank, ids[part], timesteps[part], visits, seed)):
+            some, at = ids[part], timesteps[part]
+            if self._setup is None:
+                found = self(bank, some, at, visits, seed)
+            else:
+                (found,) = self._kept(self._setup, bank, some, at[:, None], seed, None)
+            for index, feature in enumerate(found):
                 values = feature.double().transpose(0, 1).flatten(1)  # (F, n)
                 count = torch.full_like(values[:, 0], values.shape[1])
                 moments = torch.stack((count, values.sum(1), values.square().sum(1)))

@@ -106,6 +106,7 @@ class Fusion(nn.Module):
         visits: Tensor,
         noise_seed: int,
         images: Tensor | None = None,
+        group: int = 1,
     ) -> Targets:
         """The targets of N lanes; one teacher forward per slot, whose features are not kept.
 
@@ -116,8 +117,9 @@ class Fusion(nn.Module):
             choice: What the actions chose.
             visits: (N,) keys of fresh noise.
             noise_seed: Seed of the noise.
-            images: (N, C, H, W) in [-1, 1], what augmentation made of the images; None: as they
-                are in the bank.
+            images: (N / group, C, H, W) in [-1, 1], what augmentation made of the images; None: as
+                they are in the bank.
+            group: So many neighbouring lanes hold the same image, which is encoded once.
 
         Raises:
             ValueError: ``fusion.mixture`` has another length than there are slots.
@@ -134,12 +136,11 @@ class Fusion(nn.Module):
         if choice.layers is not None:
             places = torch.arange(len(self.layers), device=ids.device)
             weights = (choice.layers[:, None] == places).float()  # (N, L)
-        encode = features.teacher.encode
-        clean = features.clean(bank, ids) if images is None else encode(images)
+        at = torch.stack([self._at(slot, choice) for slot in range(slots)], dim=1)  # (N, T)
         fused: list[Tensor] = []
         pooled: list[Tensor] = []
-        for slot in range(slots):
-            found = features.at(clean, ids, self._at(slot, choice), visits, noise_seed)
+        each = features.each(bank, ids, at, visits, noise_seed, images, group)
+        for slot, found in enumerate(each):
             if slots == 1:
                 fused = found
                 pooled = [] if mixture is None else [self._seen(z) for z in found]

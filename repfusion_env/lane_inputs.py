@@ -5,12 +5,16 @@ Shape letters: N lanes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
+
+from repfusion_env.config import ExperimentConfig
+from repfusion_env.ranks import Ranks
 
 RENDER_MODES = ("rgb_array",)
 SPLITS = ("train", "heldout")
@@ -28,6 +32,30 @@ def check_arguments(render_mode: str | None, split: str, train_student: bool) ->
         raise ValueError(f"split: '{split}' given; allowed: 'train', 'heldout'")
     if split == "heldout" and train_student:
         raise ValueError("split: held-out images are never trained on; give train_student=False")
+
+
+def check_shared(
+    num_envs: int | None, shared: ExperimentConfig, config: Any, overrides: Mapping[str, Any]
+) -> None:
+    """Refuse what an environment on a shared trainer cannot be made with.
+
+    Args:
+        num_envs: N, where it is given.
+        shared: The trainer's configuration.
+        config: Another one, which is one too many.
+        overrides: Likewise.
+
+    Raises:
+        ValueError: With one sentence.
+    """
+    if config is not None or overrides:
+        raise ValueError("trainer: a shared trainer brings its own configuration; give no other")
+    if num_envs is not None and num_envs < 1:
+        raise ValueError(f"num_envs: {num_envs} given; it must be greater than 0")
+    if num_envs is not None and num_envs % shared.env.group_size:
+        raise ValueError(
+            f"num_envs: {num_envs} lanes cannot be divided into groups of {shared.env.group_size}"
+        )
 
 
 def refusal(given: str, lanes: int, space: spaces.Space) -> str:
@@ -120,3 +148,31 @@ def reset_mask(options: dict[str, Any] | None, lanes: int, group_size: int) -> n
             "reset together"
         )
     return mask
+
+
+def check_reset(seed: Any, mask: np.ndarray, ranks: Ranks) -> None:
+    """Refuse a reset that cannot be.
+
+    Args:
+        seed: What is to be an int, or None.
+        mask: The lanes to reset, (N,) bool.
+        ranks: Who goes on in step.
+
+    Raises:
+        TypeError: The seed is something else.
+        ValueError: Only some lanes are to be reset where all must.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
+        raise TypeError(
+            f"seed: {seed!r} given; all lanes share one student, so the seed is one int"
+        )
+    if mask.all():
+        return
+    if seed is not None:
+        raise ValueError(
+            "reset_mask: a seed restarts the student of all lanes; reset all lanes, or give no seed"
+        )
+    if ranks.several:
+        raise ValueError(
+            f"reset_mask: {ranks.count} ranks go through their episodes in step; reset all lanes"
+        )

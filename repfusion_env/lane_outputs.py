@@ -7,10 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from repfusion_env.actions.choice import Choice
 from repfusion_env.trainer import StepResult
+
+
+def flags(mask: np.ndarray, device: torch.device) -> Tensor:
+    """A mask (N,) bool of the host on ``device``, for which the host does not wait.
+
+    Lanes mostly end together, and a constant is made where it is wanted.
+    """
+    if mask.all() or not mask.any():
+        return torch.full(mask.shape, bool(mask[0]), device=device)
+    values = torch.from_numpy(mask)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def step_info(ids: Tensor, choice: Choice, result: StepResult) -> dict[str, Any]:

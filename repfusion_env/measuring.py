@@ -6,7 +6,7 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +143,7 @@ class Measuring:
         loss_before: Tensor,
         loss_after: Tensor | None,
         probe_loss: Tensor | None,
+        others: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> Measurement:
         """One step's outcome for N lanes.
 
@@ -156,6 +157,7 @@ class Measuring:
             loss_before: See :class:`Measurement`, as the next two.
             loss_after: (N,) or None.
             probe_loss: (N,) or None.
+            others: See :class:`Measurement`.
         """
         kept = [] if maps is None else list(maps)
         features = None
@@ -181,6 +183,7 @@ class Measuring:
             ids=ids,
             weights=targets.weights,
             chosen=targets.chosen,
+            others=others,
         )
 
 

@@ -1,7 +1,8 @@
 """What the agent sees of an image: embeddings, the student's own features, or pixels.
 
 Every observation is float32, standardised and clipped to finite bounds. Whatever does not change
-with training is computed once per image bank and kept on the device.
+with training is computed once per image bank and kept on the device; of a streamed bank, of which a
+table would take a pass over all images, it is computed at each look.
 
 Shape letters: N lanes, M images of a bank, C,H,W image, D embedding.
 """
@@ -27,6 +28,8 @@ from repfusion_env.trainer import DistillationTrainer
 from students import build_backbone
 
 LOSS_BOUND = 10.0
+# Images of a streamed bank that say what is usual.
+SAMPLE = 2_048
 
 
 class Source(Protocol):
@@ -99,7 +102,11 @@ class Observer:
 
 
 class _Table:
-    """Embeddings of whole banks, standardised with the training bank's mean and deviation."""
+    """Embeddings of whole banks, standardised with the training bank's mean and deviation.
+
+    Of a streamed bank there is no table: mean and deviation are those of :data:`SAMPLE` images in a
+    fixed random order (of all, where there are fewer), and each look is a forward of its own.
+    """
 
     def __init__(
         self,
@@ -110,23 +117,31 @@ class _Table:
     ) -> None:
         self._embed, self._parts, self.bound = embed, parts, bound
         self._size = size or CHUNK
-        raw = self._raw(parts.train)
+        raw = self._raw(parts.train, SAMPLE if parts.train.streamed else None)
         self._mean = raw.mean(0)
         self._deviation = raw.std(0).clamp_min(1e-6) if len(raw) > 1 else torch.ones_like(raw[0])
-        self._tables = {id(parts.train): self._standardized(raw)}
+        self._tables: dict[int, Tensor] = {}
+        if not parts.train.streamed:
+            self._tables[id(parts.train)] = self._standardized(raw)
         self.shape: tuple[int, ...] = (raw.shape[1],)
 
+    @torch.no_grad()
     def __call__(self, trainer: DistillationTrainer, bank: ImageBank, ids: Tensor) -> Tensor:
+        if bank.streamed:
+            return self._standardized(self._embed(bank, ids))
         if id(bank) not in self._tables:
             self._tables[id(bank)] = self._standardized(self._raw(bank))
         return self._tables[id(bank)][ids]
 
     @torch.no_grad()
-    def _raw(self, bank: ImageBank) -> Tensor:
+    def _raw(self, bank: ImageBank, most: int | None = None) -> Tensor:
+        """Embeddings of all images, or of ``most`` of them."""
         ids = torch.arange(len(bank), device=self._parts.device)
-        pieces = watched(
-            chunks(ids, self._size), len(ids), description="observations", unit="images"
-        )
+        if most is not None and most < len(bank):
+            generator = torch.Generator().manual_seed(derive_seed(0, "observation sample"))
+            ids = torch.randperm(len(bank), generator=generator)[:most].to(ids.device)
+        parts = bank.announced(chunks(ids, self._size))
+        pieces = watched(parts, len(ids), description="observations", unit="images")
         return torch.cat([self._embed(bank, part) for part in pieces])
 
     def _standardized(self, raw: Tensor) -> Tensor:
@@ -169,10 +184,8 @@ def teacher_embedding(config: ExperimentConfig, parts: FrozenParts) -> Source:
     timestep = config.observation.timestep
 
     def embed(bank: ImageBank, ids: Tensor) -> Tensor:
-        clean = parts.teacher.encode(bank.pixels(ids))
-        maps = parts.teacher.features(clean, torch.full_like(ids, timestep))
-        pooled = [maps[layer].mean((2, 3)) for layer in parts.teacher.layers]
-        return torch.cat(pooled, dim=1) * 1.0  # a tensor outside inference mode
+        found = parts.features.embedded(bank, ids, timestep)
+        return found * 1.0  # a tensor outside inference mode
 
     return _Table(embed, parts, config.observation.clip, config.teacher.batch_size)
 

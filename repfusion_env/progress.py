@@ -90,6 +90,11 @@ class Progress:
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._print_line()
 
+    @classmethod
+    def silence(cls) -> None:
+        """Show nothing in this process from now on, since another one does."""
+        cls._shown = True
+
     @property
     def rate(self) -> float:
         """Units per second since the loop began."""

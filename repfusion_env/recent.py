@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repfusion_env.fusion import Targets
+from repfusion_env.ranks import ALONE, Ranks
 
 
 class RecentDecisions:
@@ -23,6 +24,7 @@ class RecentDecisions:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._lanes = 1
         self._kept: tuple[Tensor, Targets] | None = None
         self._beside: list[Tensor] = []
 
@@ -40,7 +42,7 @@ class RecentDecisions:
             Images (B,), targets, and what is beside them; B is ``size``, or N where that is more,
             or fewer at the start.
         """
-        beside = list(beside)
+        beside, self._lanes = list(beside), len(ids)
         if len(ids) >= self.size:
             return ids, new, beside
         targets = Targets(new.features, new.weights, probe=new.probe)
@@ -80,27 +82,52 @@ class RecentDecisions:
             probe = torch.cat((new.probe, old.probe))[:size]
         return torch.cat((ids, old_ids))[:size], Targets(features, weights, probe=probe)
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """What is kept, for a resume; None before the first decision."""
+    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any] | None:
+        """What all ranks keep, for a resume; None before the first decision."""
         if self._kept is None:
             return None
         ids, targets = self._kept
+        if ranks.several:
+            blocks = len(ids) // self._lanes
+            targets = _rows(targets, lambda v: ranks.all(v, blocks))
+            ids = ranks.all(ids, blocks)
         return {
             "ids": ids,
             "features": list(targets.features),
             "weights": targets.weights,
             "probe": targets.probe,
-            "beside": list(self._beside),
+            "beside": [
+                ranks.all(values, len(values) // self._lanes) if ranks.several else values
+                for values in self._beside
+            ],
         }
 
-    def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self._kept, self._beside = None, []
+    def load_state_dict(
+        self,
+        state: dict[str, Any] | None,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        lanes: int = 1,
+    ) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Args:
+            state: Of all ranks together.
+            device: Where it is wanted.
+            ranks: This rank keeps its share.
+            lanes: Of all ranks.
+        """
+        self._kept, self._beside, self._lanes = None, [], max(1, lanes // ranks.count)
         if state is not None:
+            blocks = len(state["ids"]) // lanes if ranks.several else 1
+
+            def own(values: Tensor) -> Tensor:
+                return ranks.share(values, blocks).to(device)
+
             beside = state.get("beside", ())  # of which earlier versions knew nothing
-            self._beside = [values.to(device) for values in beside]
+            self._beside = [own(values) for values in beside]
             targets = Targets(state["features"], state["weights"], probe=state["probe"])
-            self._kept = (state["ids"].to(device), _mapped(targets, lambda v: v.to(device)))
+            self._kept = (own(state["ids"]), _mapped(_rows(targets, own), lambda v: v.to(device)))
 
 
 def _mapped(targets: Targets, change: Callable[[Tensor], Tensor]) -> Targets:
@@ -113,5 +140,10 @@ def _mapped(targets: Targets, change: Callable[[Tensor], Tensor]) -> Targets:
 
 
 def _taken(targets: Targets, rows: Tensor) -> Targets:
-    """The samples ``rows``; weights (L,) are of all samples."""
-    return _mapped(targets, lambda v: v if v is targets.weights and v.ndim == 1 else v[rows])
+    """The samples ``rows``."""
+    return _rows(targets, lambda v: v[rows])
+
+
+def _rows(targets: Targets, change: Callable[[Tensor], Tensor]) -> Targets:
+    """``change`` applied to whatever has a row for each sample; weights (L,) are of all samples."""
+    return _mapped(targets, lambda v: v if v is targets.weights and v.ndim == 1 else change(v))

@@ -41,6 +41,8 @@ class Measurement:
         ids: (N,) images of the training bank; None for others.
         weights: Of the layers' losses, (L,) or per lane (N, L), of sum 1; None: equal.
         chosen: (N,) the only layer that counts for a lane; None: all of them.
+        others: From pooled features (N, ...) of these lanes to those that a loss compares them
+            with: the same, with other ranks' lanes behind them.
     """
 
     student: list[Tensor] | None
@@ -57,6 +59,7 @@ class Measurement:
     weights: Tensor | None = None
     chosen: Tensor | None = None
     sources: tuple[int, ...] = ()
+    others: Callable[[Tensor], Tensor] = lambda own: own
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,8 @@ def _loss_gradient(measured: Measurement) -> tuple[Tensor, list[Tensor]]:
         losses = []
         for index, (p, z) in enumerate(zip(measured.project(h), measured.teacher, strict=True)):
             # Related samples stay where they are: this lane's move is its own timestep's doing.
-            anchors = (p.detach(), z) if z.ndim == 2 else None
+            others = measured.others
+            anchors = (others(p.detach()), others(z)) if z.ndim == 2 else None
             losses.append(measured.loss.layer(index, p, z, anchors=anchors, ids=measured.ids))
         if measured.chosen is not None:
             total = torch.stack(losses)[measured.chosen, lanes]

@@ -12,14 +12,11 @@ One process at a time writes to a run; a lock that the system drops with its pro
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import re
-import socket
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +27,7 @@ import numpy as np
 from repfusion_env.atomic import remove_leftovers, write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import load_config, to_yaml
+from repfusion_env.folder_lock import FolderTaken, lock_folder
 from repfusion_env.metrics import columns, plain, read_rows, write_lines
 from repfusion_env.registry import did_you_mean
 
@@ -338,30 +336,13 @@ def _make_folder(config: ExperimentConfig, stem: str) -> Path:
 
 def _lock(folder: Path) -> int:
     """Hold ``folder/.lock`` until the returned descriptor is closed or the process ends."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        import fcntl
-    except ImportError:  # Windows has no such locks.
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            os.close(descriptor)
-            raise RunError(
-                f"run '{folder}' is being written by {holder or 'another process'}; "
-                f"wait for it to end, or choose another run.name"
-            ) from None
-        warnings.warn(
-            f"the file system of '{folder}' has no locks ({error.strerror}); "
-            f"see to it that one process writes to the run",
-            stacklevel=4,
-        )
-        return descriptor
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor
+        return lock_folder(folder, what="run")
+    except FolderTaken as error:
+        raise RunError(
+            f"run '{folder}' is being written by {error}; "
+            f"wait for it to end, or choose another run.name"
+        ) from None
 
 
 def _pixels(figure: Figure) -> np.ndarray:

@@ -6,12 +6,13 @@ Shape letters: B samples, C,H,W image, S student width, h,w its last map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from repfusion_env.compiling import CompiledBackbone
 from repfusion_env.config import ExperimentConfig, OptimizerConfig, StudentConfig
 from repfusion_env.frozen import FrozenParts
 from repfusion_env.fusion import probe_shape
@@ -35,7 +36,13 @@ class Encoder(Protocol):
 
 
 class Student(nn.Module):
-    """Backbone, projection to the teacher's layers, task head, and the head on teacher features."""
+    """Backbone, projection to the teacher's layers, task head, and the head on teacher features.
+
+    Attributes:
+        compiled: The backbone's forward where it is compiled; no module, and in no copy.
+    """
+
+    compiled: CompiledBackbone | None = None
 
     def __init__(self, config: ExperimentConfig, parts: FrozenParts, task: Task) -> None:
         super().__init__()
@@ -67,7 +74,7 @@ class Student(nn.Module):
             ``student.precision``.
         """
         stages = self.backbone.stages if self.all_stages else self.backbone.stages[-1:]
-        return stage_maps(self.backbone, images, stages, self.precision)
+        return stage_maps(self.compiled or self.backbone, images, stages, self.precision)
 
 
 def student_backbone(config: StudentConfig, shape: Shape) -> Backbone:
@@ -78,10 +85,11 @@ def student_backbone(config: StudentConfig, shape: Shape) -> Backbone:
 
 
 def stage_maps(
-    backbone: Backbone, images: Tensor, stages: Sequence[str], precision: str
+    backbone: Callable[[Tensor], Any], images: Tensor, stages: Sequence[str], precision: str
 ) -> list[Tensor]:
-    """float32 maps of ``stages``, computed in ``precision``, fp32 or bf16."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """float32 maps of ``stages``, computed in ``precision``, fp32, bf16 or fp16."""
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(images.device.type, kind, enabled=precision != "fp32"):
         maps = backbone(images)
         return [maps[stage].float() for stage in stages]
 

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repfusion_env import registry
+from repfusion_env import rank_rules, registry
 from repfusion_env.actions.choice import Choice
 from repfusion_env.augmentation import make_augmentation
+from repfusion_env.compile_choice import compile_step
 from repfusion_env.config import ExperimentConfig
-from repfusion_env.contrastive import Contrastive, make_contrastive
+from repfusion_env.config_loading import ConfigError
+from repfusion_env.contrastive import make_contrastive
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.device_means import DeviceMeans
+from repfusion_env.features import heldout_noise_seed, training_noise_seed
 from repfusion_env.frozen import FrozenParts
-from repfusion_env.fusion import Fusion, Targets, probe_input
+from repfusion_env.fusion import Fusion, Targets
 from repfusion_env.losses import DistillationLoss
 from repfusion_env.measuring import (
     Measuring,
@@ -32,11 +35,17 @@ from repfusion_env.measuring import (
     projected,
 )
 from repfusion_env.noise import derive_seed, own_randomness
+from repfusion_env.rank_losses import compared, remember
+from repfusion_env.rank_norm import share_norms
+from repfusion_env.ranks import ALONE, Ranks
 from repfusion_env.recent import RecentDecisions
 from repfusion_env.rewards import RewardRule
+from repfusion_env.step_batch import Batch, step_batch
 from repfusion_env.student import Student, inference_maps, task_input
+from repfusion_env.student_pass import StudentPass, probe_outputs, student_pass
 from repfusion_env.tasks.build import build_task
 from repfusion_env.tasks.measuring import measure
+from repfusion_env.trainer_state import restore, saved
 from repfusion_env.updates import NonFiniteError, Updates
 
 __all__ = ["DistillationTrainer", "NonFiniteError", "StepResult"]
@@ -48,14 +57,18 @@ class DistillationTrainer:
     Args:
         config: The experiment.
         parts: What stays as it is: banks, teacher, grid, feature statistics.
+        ranks: Processes that train one student together, each with its share of the lanes.
 
     A step makes no host synchronisation; :meth:`drain_metrics` and, every few steps on CUDA, the
     watch for non-finite losses do.
     """
 
-    def __init__(self, config: ExperimentConfig, parts: FrozenParts) -> None:
+    def __init__(self, config: ExperimentConfig, parts: FrozenParts, ranks: Ranks = ALONE) -> None:
+        if problems := rank_rules.conflicts(config, ranks.count):
+            raise ConfigError(problems)
         self.config = config
         self.parts = parts
+        self.ranks = ranks
         self.device = parts.device
         self.task = build_task(config, parts.train)
         self.rule: RewardRule = registry.look_up("reward", config.reward.kind, registry.REWARDS)
@@ -85,7 +98,7 @@ class DistillationTrainer:
         shapes = loss_shapes(self.student, parts.features.widths, self.dense, len(parts.train))
         with own_randomness(derive_seed(seed, "loss")):
             self.loss = DistillationLoss(config.distillation, shapes).to(self.device)
-        self._loss_learns = any(True for _ in self.loss.parameters())
+        self.loss_learns = any(True for _ in self.loss.parameters())
         self.fusion = Fusion(
             config,
             parts.teacher.layers,
@@ -93,12 +106,15 @@ class DistillationTrainer:
             parts.teacher.num_timesteps,
             pooled=self.task.reads == "pooled",
         )
+        share_norms(self.student, self.ranks)
+        share_norms(self.loss, self.ranks)
         width = self.student.backbone.feature_channels
         self.contrastive = make_contrastive(config, width, parts.train.shape, seed, self.device)
         self.updates = self._make_updates()
-        self.recent = RecentDecisions(config.optimizer.batch_size)
+        self.recent = RecentDecisions(config.optimizer.batch_size // self.ranks.count)
         self.steps = 0
         self.metrics = DeviceMeans(self.device)
+        compile_step(self)
 
     @property
     def grid_timesteps(self) -> tuple[int, ...]:
@@ -108,12 +124,12 @@ class DistillationTrainer:
     @property
     def noise_seed(self) -> int:
         """Seed of the teacher's noise on training images."""
-        return derive_seed(self.seed, "noise")
+        return training_noise_seed(self.config, self.seed)
 
     @property
     def heldout_noise_seed(self) -> int:
         """Seed of the noise where nothing is trained; the same however the student was seeded."""
-        return derive_seed(self.config.seed, "held-out noise")
+        return heldout_noise_seed(self.config)
 
     @property
     def progress(self) -> float:
@@ -142,83 +158,87 @@ class DistillationTrainer:
     # Callers act without gradients, some inside no_grad or inference_mode; the student learns.
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def step(self, ids: Tensor, choice: Choice | Tensor, visits: Tensor) -> StepResult:
+    def step(
+        self, ids: Tensor, choice: Choice | Tensor, visits: Tensor, group: int = 1
+    ) -> StepResult:
         """Distil N images at what was chosen for them, update the student, measure the rewards.
 
         Args:
             ids: (N,) int64 images of the training bank.
             choice: What the actions chose; or (N,) int64 timesteps.
             visits: (N,) int64 keys of fresh noise.
+            group: So many neighbouring lanes each hold the same image. What depends on the image
+                alone is then computed once for all of them, where a step has lanes enough for a
+                batch of its own.
 
         Returns:
-            The outcome per lane.
+            The outcome per lane, before the first of ``optimizer.updates`` but for the rewards.
 
         Raises:
             NonFiniteError: ``optimizer.nonfinite_patience`` steps in a row had no finite loss.
         """
-        bank, lanes = self.parts.train, ids.shape[0]
-        seen = self._augmented(ids)
-        shown = seen[0] if seen else None
-        new = self._targets(bank, ids, choice, visits, self.noise_seed, shown)
-        batch_ids, batch, seen = self.recent.fill_up(ids, new, seen)
-        images, answers = seen or (bank.pixels(batch_ids), self.task.targets(bank, batch_ids))
-        before = (
-            self._task_losses_now(images[:lanes], answers[:lanes]) if self.rule.before else None
-        )
+        lanes = len(ids)
+        batch, new = step_batch(self, ids, choice, visits, group)
+        shown = lanes // batch.group
+        images, answers = batch.images[:shown], batch.answers[:shown]
+        before = self._task_losses_now(images, answers) if self.rule.before else None
 
         # A batch of one has no batch statistics to normalise with; the first step of one lane
         # therefore measures without an update.
-        self.student.train(len(batch_ids) > 1)
-        self.loss.train(len(batch_ids) > 1)
-        buffers = self.updates.buffers()
+        several = len(batch.ids) * self.ranks.count > 1
         # Dropout and stochastic depth, and a loss that samples, draw from (seed, step), not from
         # the caller's generator.
-        with own_randomness(derive_seed(self.seed, "step", self.steps), self.device):
-            maps = self.student.features(images)
-            pooled = maps[-1].mean((2, 3))
-            features = moved_features(self.student, maps, pooled, self.dense)
-            mine = projected(self.student, features, maps, self.dense)
-            teacher = on_student_grid(self.student, batch.features)
-            distilled = layer_losses(self.loss, mine, teacher, batch.weights, batch_ids)
-            weight = self.config.distillation.task_weight
-            read = task_input(self.task, maps)
-            outputs = self.student.head(*(read if weight else [part.detach() for part in read]))
-            task_losses = self.task.losses(outputs, answers)
-            total = distilled.mean() + (weight or 1.0) * task_losses.mean()
-            probe_losses = None
-            if self.rule.probe or self.fusion.logits is not None:
-                probe_losses = self.task.losses(self._probe(self.student, batch), answers)
-                total = total + probe_losses.mean()
-            if self._loss_learns:
-                total = total + self.loss.auxiliary(teacher)
-            if self.contrastive is not None and len(batch_ids) > 1:
-                total = total + self._contrast(self.contrastive, images, batch_ids)
-            if len(batch_ids) > 1:
-                bad = self.updates.apply(total, buffers, self.progress)
-                self.loss.remember([p.detach() for p in mine], teacher, batch_ids, bad)
+        drawn = derive_seed(self.seed, "step", self.steps, *self.ranks.purpose)
+        with own_randomness(drawn, self.device):
+            first = last = self._update(batch, several, again=False)
+            for _ in range(1, self.config.optimizer.updates if several else 1):
+                last = self._update(batch.kept(), several, again=True)
+            if last.skipped is not None:
+                remember(
+                    self.ranks,
+                    self.loss,
+                    last.matched,
+                    last.teacher,
+                    batch.ids,
+                    last.skipped,
+                    lanes,
+                )
             self.steps += 1
 
             with torch.no_grad():
-                after, after_losses = self._measure_after(images[:lanes], answers[:lanes])
+                task_losses = first.task_losses[:lanes]
+                after, after_losses = self._measure_after(images, answers, last)
                 measured = self._measured(
                     self.student,
-                    after,
-                    [z[:lanes] for z in teacher],
+                    None if after is None else [batch.spread(each) for each in after],
+                    [z[:lanes] for z in last.teacher],
                     new,
-                    answers[:lanes],
+                    batch.spread(answers),
                     ids,
-                    loss_before=task_losses[:lanes].detach() if before is None else before,
-                    loss_after=after_losses,
-                    probe_loss=None if probe_losses is None else probe_losses[:lanes].detach(),
+                    loss_before=task_losses if before is None else batch.spread(before),
+                    loss_after=None if after_losses is None else batch.spread(after_losses),
+                    probe_loss=None if first.probe_losses is None else first.probe_losses[:lanes],
+                    others=compared(self.ranks, self.loss),
                 )
                 reward = finite_reward(self.rule.compute(measured), measured.loss_before)
-                correct = self.task.correct(outputs, answers)[:lanes]
+                correct = batch.spread(self.task.correct(first.outputs, batch.answers))[:lanes]
         result = StepResult(
-            reward, distilled[:lanes].detach(), measured.loss_before, after_losses, correct
+            reward, first.distilled[:lanes], measured.loss_before, measured.loss_after, correct
         )
         self._count(result)
         self.updates.watch(self.steps)
         return result
+
+    def _update(self, batch: Batch, several: bool, *, again: bool) -> StudentPass:
+        """One training forward and the update that follows; ``again`` on the same batch."""
+        self.student.train(several)
+        self.loss.train(several)
+        buffers = self.updates.buffers()
+        done = student_pass(self, batch, several=several, told=not again)
+        bad = None
+        if several:
+            bad = self.updates.apply(done.total, buffers, self.progress, again=again)
+        return done.after(bad)
 
     @torch.no_grad()
     def judge(
@@ -235,14 +255,14 @@ class DistillationTrainer:
         Returns:
             The outcome per lane; ``reward`` by :attr:`heldout_rule`.
         """
-        new = self._targets(bank, ids, choice, visits, self.heldout_noise_seed)
+        new = self.targets(bank, ids, choice, visits, self.heldout_noise_seed)
         student, answers = self.evaluation_student, self.task.targets(bank, ids)
         maps = inference_maps(student, bank.pixels(ids))
         outputs = student.head(*task_input(self.task, maps))
         losses = self.task.losses(outputs, answers)
         probe_loss = None
         if self.heldout_rule.probe:
-            probe_loss = self.task.losses(self._probe(student, new), answers)
+            probe_loss = self.task.losses(probe_outputs(self, student, new), answers)
         teacher = on_student_grid(student, new.features)
         # A loss that remembers images by their numbers knows those of the training bank alone.
         known = ids if bank is self.parts.train else None
@@ -304,56 +324,33 @@ class DistillationTrainer:
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call under their TensorBoard tags, read by the host at once."""
-        means = self.metrics.drain()
+        means = self.metrics.drain(self.ranks)
         means["student/nonfinite_steps"] = float(self.updates.bad_steps)
+        means |= self.parts.train.drain_metrics()
         shares = self.fusion.shares()
         if shares:
             values = torch.stack(list(shares.values())).tolist()
             means.update(zip(shares, values, strict=True))
+        if self.parts.features.caches is not None:
+            means |= self.parts.features.caches.metrics(self.ranks)
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resume needs, as tensors and plain values."""
-        return {
-            "seed": self.seed,
-            "steps": self.steps,
-            "student": self.student.state_dict(),
-            "loss": self.loss.state_dict(),
-            "fusion": self.fusion.state_dict(),
-            "contrastive": None if self.contrastive is None else self.contrastive.state_dict(),
-            **self.updates.state_dict(),
-            "recent": self.recent.state_dict(),
-            "metrics": self.metrics.state_dict(),
-        }
+        """All that a resume needs, as tensors and plain values; asked of all ranks at once."""
+        return saved(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, to the last bit on CPU."""
-        self.reset(state["seed"])
-        self.steps = state["steps"]
-        self.student.load_state_dict(state["student"])
-        self.loss.load_state_dict(state["loss"])
-        self.fusion.load_state_dict(state["fusion"])
-        if self.contrastive is not None:
-            self.contrastive.load_state_dict(state["contrastive"])
-        self.updates.load_state_dict(state)
-        self.recent.load_state_dict(state["recent"], self.device)
-        self.metrics.load_state_dict(state["metrics"])
+        """Go on from :meth:`state_dict`, to the last bit on CPU with as many ranks."""
+        restore(self, state)
 
     def _make_updates(self) -> Updates[Student]:
         student, extra = self.student, [] if self.contrastive is None else [self.contrastive]
         body = [student.backbone, student.projections, self.loss, *extra]
         heads = [student.head, student.probe, self.fusion]
         others = [self.loss, self.fusion, *extra]
-        return Updates(self.config, student, body, heads, others, self.device)
+        return Updates(self.config, student, body, heads, others, self.device, self.ranks)
 
-    def _contrast(self, contrastive: Contrastive, images: Tensor, ids: Tensor) -> Tensor:
-        loss: Tensor = contrastive(
-            lambda views: self.student.features(views)[-1].mean((2, 3)), images, ids
-        )
-        self.metrics.add("student/contrastive_loss", loss)
-        return self.config.contrastive.weight * loss
-
-    def _targets(
+    def targets(
         self,
         bank: ImageBank,
         ids: Tensor,
@@ -361,38 +358,30 @@ class DistillationTrainer:
         visits: Tensor,
         noise_seed: int,
         images: Tensor | None = None,
+        group: int = 1,
     ) -> Targets:
+        """What images are to match, see :meth:`repfusion_env.fusion.Fusion.forward`."""
         if isinstance(choice, Tensor):
             choice = self.fusion.choice(choice)
         targets: Targets = self.fusion(
-            self.parts.features, bank, ids, choice, visits, noise_seed, images
+            self.parts.features, bank, ids, choice, visits, noise_seed, images, group
         )
         return targets
-
-    def _augmented(self, ids: Tensor) -> list[Tensor]:
-        """Changed images (N, C, H, W) and what is known of them; nothing without augmentation."""
-        if self.augmentation is None:
-            return []
-        images = self.parts.train.pixels(ids)
-        answers = self.task.targets(self.parts.train, ids)
-        seed, group = derive_seed(self.seed, "augment", self.steps), self.config.env.group_size
-        return list(self.augmentation.drawn_by(seed, images, answers, group))
-
-    def _probe(self, student: Student, targets: Targets) -> Any:
-        """What the head on the teacher's feature says."""
-        return student.probe(probe_input(targets, pooled=self.task.reads == "pooled"))
 
     def _task_losses_now(self, images: Tensor, answers: Tensor) -> Tensor:
         with torch.no_grad():
             return self.task.losses(self.outputs(images), answers)
 
     def _measure_after(
-        self, images: Tensor, answers: Tensor
+        self, images: Tensor, answers: Tensor, last: StudentPass
     ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """Maps that the reward starts from, and the task loss on them in inference mode."""
         if not self.rule.after:
             return None, None
-        maps = inference_maps(self.student, images)
         self.loss.eval()
+        if self.config.reward.student == "training":
+            return [values[: len(images)] for values in last.maps], None
+        maps = inference_maps(self.student, images)
         return maps, self.task.losses(self.student.head(*task_input(self.task, maps)), answers)
 
     def _count(self, result: StepResult) -> None:

@@ -30,13 +30,17 @@ from repfusion_env.lane_inputs import (
     Limits,
     action_tensor,
     check_arguments,
+    check_reset,
+    check_shared,
     refusal,
     reset_mask,
 )
-from repfusion_env.lane_outputs import add_final, step_info
+from repfusion_env.lane_outputs import add_final, flags, step_info
 from repfusion_env.lane_view import LaneView
+from repfusion_env.looks import Looks
 from repfusion_env.observations import Observer
-from repfusion_env.stream import ImageStream
+from repfusion_env.ranks import ALONE, Ranks
+from repfusion_env.stream import ImageStream, next_images
 from repfusion_env.trainer import DistillationTrainer, StepResult
 
 
@@ -82,6 +86,7 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         split: ``train`` or ``heldout``; default: ``train``, or ``heldout`` with nothing trained.
         render_mode: None or ``rgb_array``.
         trainer: Share this trainer (and its configuration) instead of building one.
+        ranks: Processes that train together; each has an environment with its share of N lanes.
         **overrides: Configuration keys, e.g. ``reward="teacher_probe"``, ``env={...}``.
 
     Raises:
@@ -103,6 +108,7 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         split: str | None = None,
         render_mode: str | None = None,
         trainer: DistillationTrainer | None = None,
+        ranks: Ranks = ALONE,
         **overrides: Any,
     ) -> None:
         EzPickle.__init__(
@@ -113,40 +119,35 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             split=split,
             render_mode=render_mode,
             trainer=trainer,
+            ranks=ranks,
             **overrides,
         )
         if isinstance(num_envs, np.integer):
             num_envs = int(num_envs)
         split = split or ("train" if train_student else "heldout")
         check_arguments(render_mode, split, train_student)
-        if trainer is not None and (config is not None or overrides):
-            raise ValueError(
-                "trainer: a shared trainer brings its own configuration; give no other"
-            )
         if trainer is None:
             if num_envs is not None:
                 overrides = merge(overrides, {"env.num_envs": num_envs})
             resolved = load_config(config, overrides)
-            trainer = DistillationTrainer(resolved, build_frozen_parts(resolved))
+            trainer = DistillationTrainer(resolved, build_frozen_parts(resolved), ranks)
             self._owns_trainer = True
         else:
             self._owns_trainer = False
-            if num_envs is not None and num_envs < 1:
-                raise ValueError(f"num_envs: {num_envs} given; it must be greater than 0")
-            if num_envs is not None and num_envs % trainer.config.env.group_size:
-                raise ValueError(
-                    f"num_envs: {num_envs} lanes cannot be divided into groups of "
-                    f"{trainer.config.env.group_size}"
-                )
+            check_shared(num_envs, trainer.config, config, overrides)
         self.trainer = trainer
         self.config: ExperimentConfig = trainer.config
-        self.num_envs = num_envs or self.config.env.num_envs
+        # What trains nothing is no business of the other ranks.
+        self.ranks = trainer.ranks if train_student else ALONE
+        self.num_envs = (num_envs or self.config.env.num_envs) // self.ranks.count
         self.train_student = train_student
         self.render_mode = render_mode
         self.device = trainer.device
         self.grid = trainer.parts.grid
         self.bank = trainer.parts.train if split == "train" else trainer.parts.heldout
         self.observer = Observer(trainer)
+        # One-step episodes end with the observation that the last call returned.
+        self._looks = Looks(self.observer, keep=self.config.env.episode_length == 1)
         self.single_observation_space = self.observer.space()
         layers = tuple(trainer.parts.teacher.layers)
         self.actions = build_actions(self.config, self.grid, layers)
@@ -158,7 +159,11 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         self._stream = ImageStream(len(self.bank), self.device, shuffle=split == "train")
         self._episodes = Episodes(self.num_envs, self.config.env.episode_length)
         self._decisions = Decisions(
-            len(self.grid), len(layers), self.device, keep_history=bool(render_mode)
+            len(self.grid),
+            len(layers),
+            self.device,
+            keep_history=bool(render_mode),
+            ranks=self.ranks,
         )
         self._valid = trainer.parts.valid_actions(self.config.timesteps.min_snr)
         self._pid = os.getpid()
@@ -180,16 +185,8 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             Observations (N, D) and ``{"image_id": (N,)}``.
         """
         self._refuse_closed()
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
-            raise TypeError(
-                f"seed: {seed!r} given; all lanes share one student, so the seed is one int"
-            )
         mask = reset_mask(options, self.num_envs, self.config.env.group_size)
-        if seed is not None and not mask.all():
-            raise ValueError(
-                "reset_mask: a seed restarts the student of all lanes; reset all lanes, or give no "
-                "seed"
-            )
+        check_reset(seed, mask, self.ranks)
         super().reset(seed=None if seed is None else int(seed))
         if seed is not None:
             self._restart(int(seed), trainer_too=self._owns_trainer and self.train_student)
@@ -199,7 +196,7 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
             where = torch.from_numpy(np.flatnonzero(mask)).to(self.device)
             self._ids = self._ids.index_copy(0, where, self._next_images(int(mask.sum())))
         self._episodes.restart(mask)
-        return self.observer(self.bank, self._ids), {"image_id": self._ids.clone()}
+        return self._looks.new(self.bank, self._ids), {"image_id": self._ids.clone()}
 
     def step(self, actions: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Distil what every lane's action chose.
@@ -222,7 +219,7 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         ids, shown = self._ids, None
         if self.config.env.episode_length == 1:
             # The image is the whole episode: it ends where it stood, seen before the update.
-            shown = self.observer(self.bank, ids)
+            shown = self._looks.again(self.bank, ids)
         visits = self._visits()
         result = self._distil(ids, choice, visits)
         self._steps += 1
@@ -230,20 +227,15 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         self._last = LaneView(ids, choice, visits, result)
 
         self._ids = self._next_images(self.num_envs)
-        observations = self.observer(self.bank, self._ids)
+        observations = self._looks.new(self.bank, self._ids)
         finished, terminated, truncated = self._episodes.advance()
         info = step_info(ids, choice, result)
         if finished.any():
             # L > 1: the truncated sequence would have gone on with the image now shown.
             final = observations.clone() if shown is None else shown
-            add_final(info, final, torch.from_numpy(finished).to(self.device))
-        return (
-            observations,
-            result.reward,
-            torch.from_numpy(terminated).to(self.device),
-            torch.from_numpy(truncated).to(self.device),
-            info,
-        )
+            add_final(info, final, flags(finished, self.device))
+        ends = (flags(terminated, self.device), flags(truncated, self.device))
+        return observations, result.reward, *ends, info
 
     def observe(self) -> Tensor:
         """Observations of the images now shown, (N, D), as the student is now."""
@@ -324,9 +316,9 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         return {
             "trainer": self.trainer.state_dict() if self.train_student else None,
             "stream": self._stream.state_dict(),
-            "ids": self._ids,
+            "ids": self.ranks.all(self._ids),
             "steps": self._steps,
-            "episodes": self._episodes.state_dict(),
+            "episodes": self._episodes.state_dict(self.ranks),
             "decisions": self._decisions.state_dict(),
         }
 
@@ -339,19 +331,19 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         Raises:
             ValueError: The state is of another number of lanes.
         """
-        if len(state["ids"]) != self.num_envs:
+        lanes = self.num_envs * self.ranks.count
+        if len(state["ids"]) != lanes:
             raise ValueError(
-                f"state: it was saved with {len(state['ids'])} lanes, this environment has "
-                f"{self.num_envs}"
+                f"state: it was saved with {len(state['ids'])} lanes, this environment has {lanes}"
             )
         if state["trainer"] is not None:
             self.trainer.load_state_dict(state["trainer"])
         self._stream.load_state_dict(state["stream"])
-        self._ids = state["ids"].to(self.device)
+        self._ids = self.ranks.share(state["ids"]).to(self.device)
         self._steps = state["steps"]
         self._episodes.load_state_dict(state["episodes"])
         self._decisions.load_state_dict(state["decisions"])
-        return self.observer(self.bank, self._ids)
+        return self._looks.new(self.bank, self._ids)
 
     def _restart(self, seed: int, *, trainer_too: bool) -> None:
         if trainer_too:
@@ -365,17 +357,18 @@ class RepFusionVectorEnv(VectorEnv, EzPickle):
         """Noise keys: new at each step and lane, or the same for every look at a held-out image."""
         if not self.train_student:
             return torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        first = self._steps * self.num_envs
+        lanes = self.num_envs * self.ranks.count
+        first = self._steps * lanes + self.ranks.index * self.num_envs
         return torch.arange(first, first + self.num_envs, device=self.device)
 
     def _distil(self, ids: Tensor, choice: Choice, visits: Tensor) -> StepResult:
         if self.train_student:
-            return self.trainer.step(ids, choice, visits)
+            return self.trainer.step(ids, choice, visits, self.config.env.group_size)
         return self.trainer.judge(self.bank, ids, choice, visits)
 
     def _next_images(self, lanes: int) -> Tensor:
-        group = self.config.env.group_size
-        return self._stream.take(lanes // group).repeat_interleave(group)
+        lanes, group = lanes * self.ranks.count, self.config.env.group_size
+        return next_images(self._stream, self.bank, lanes, group, self.ranks)
 
     def _checked(self, actions: Any) -> Tensor:
         given = action_tensor(actions, self.num_envs, self.single_action_space)

@@ -84,10 +84,15 @@ def test_every_option_survives_yaml_with_random_values():
         "task": "a.b:C",
         "device": "cuda:1",
         "data.name": "a.b:load",  # which may have subsets
+        "data.storage": "resident",
         "student.name": "timm/resnet18",
         "sb3.device": "auto",
         "teacher.family": "unet2d",
+        "teacher.noise": "fixed",  # which may have a seed
+        "cache.store": "off",
         "reward.kind": "student",
+        "reward.student": "updated",
+        "speed.compile": "auto",
         "observation.source": "teacher",
         "distillation.losses": {"hint": 1e-7, "my.own:loss": 3.0},
         "distillation.options": {"my.own:loss": {"rate": 1e-4, "name": "1e-4"}},

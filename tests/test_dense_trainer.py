@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from repfusion_env import load_config
 from repfusion_env.frozen import build_frozen_parts
 from repfusion_env.fusion import probe_input
+from repfusion_env.step_batch import augmented
 from repfusion_env.tasks import detection_losses
 from repfusion_env.tasks.classification import ClassificationTask
 from repfusion_env.trainer import DistillationTrainer
@@ -162,7 +163,7 @@ def test_learned_fusion_reads_maps_and_gets_a_gradient(tiny):
     trainer.step(*_batch(0))
     assert not torch.equal(logits, before)
     ids, timesteps, visits = _batch(1)
-    targets = trainer._targets(trainer.parts.train, ids, timesteps, visits, trainer.noise_seed)
+    targets = trainer.targets(trainer.parts.train, ids, timesteps, visits, trainer.noise_seed)
     seen = probe_input(targets, pooled=False)
     assert seen.shape == (4, sum(trainer.parts.features.widths), 16, 16) and seen.requires_grad
 
@@ -171,7 +172,7 @@ def test_the_probe_head_sees_all_layers_on_the_finest_grid(tiny):
     trainer = _trainer(tiny, "segmentation", reward="teacher_probe")
     ids, timesteps, visits = _batch(0)
     features = trainer.parts.features(trainer.parts.train, ids, timesteps, visits, 3)
-    targets = trainer._targets(trainer.parts.train, ids, timesteps, visits, 3)
+    targets = trainer.targets(trainer.parts.train, ids, timesteps, visits, 3)
     seen = probe_input(targets, pooled=False)
     small = F.interpolate(features[0], (16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(seen, torch.cat((small, features[1]), dim=1))
@@ -199,7 +200,7 @@ def test_the_teacher_sees_the_very_images_that_the_student_sees(tiny, monkeypatc
     monkeypatch.setattr(
         trainer.augmentation,
         "drawn_by",
-        lambda seed, images, answers, group: (images.flip(3), answers.flip(2)),
+        lambda seed, images, answers, *_: (images.flip(3), answers.flip(2)),
     )
     honest, losses = trainer.student.features, trainer.task.losses
     monkeypatch.setattr(
@@ -241,6 +242,6 @@ def test_lanes_of_one_group_see_the_same_augmented_image(tiny):
     grouped = {"augmentation": {"rotation": 45.0}, "env": {"num_envs": 4, "group_size": 2}}
     trainer = _trainer(tiny, "segmentation", **grouped)
     ids = torch.tensor([5, 5, 9, 9])
-    images, masks = trainer._augmented(ids)
+    images, masks = augmented(trainer, ids, 1)
     assert torch.equal(images[0], images[1]) and torch.equal(masks[2], masks[3])
     assert not torch.equal(images[0], trainer.parts.train.pixels(ids)[0])

@@ -40,7 +40,7 @@ def _parts(trainer: DistillationTrainer, ids: torch.Tensor, timesteps: Any) -> l
 
 
 def _targets(trainer: DistillationTrainer, ids: torch.Tensor, choice: Choice) -> Any:
-    return trainer._targets(
+    return trainer.targets(
         trainer.parts.train, ids, choice, torch.arange(len(ids)), trainer.noise_seed
     )
 

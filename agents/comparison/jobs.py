@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     run = out / "runs" / arm.name / f"seed-{seed}"
     seconds: dict[str, float] = {}
     with log.open("a", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
+        print(f"--- {_where()}", flush=True)
         started = time.monotonic()
         summary = _train(arm, seed, out, run, log) if COMMANDS[arm.command] else _born(run)
         training = float(summary["seconds"])
@@ -65,7 +67,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "seed": seed,
         **_rewards(summary),
         "decisions": summary["decisions"],
-        "teacher_evaluations": measured.get("teacher_evaluations", summary["teacher_evaluations"]),
+        "teacher_evaluations": _evaluations(summary, measured),
         measured["metric"]["name"]: measured[measured["metric"]["name"]],
         "metric": measured["metric"],
         "metrics": measured["metrics"],
@@ -145,6 +147,19 @@ def _rewards(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _evaluations(summary: dict[str, Any], measured: dict[str, Any]) -> dict[str, int]:
+    """Images through the teacher; with a cache, what came from it beside them.
+
+    Arms share a cache, and the first one to ask for a feature computes it for all others: what one
+    of them costs alone is the sum.
+    """
+    counts = dict(measured.get("teacher_evaluations", summary["teacher_evaluations"]))
+    cache = summary.get("cache")
+    if cache is not None:
+        counts["cached"] = int(cache["asked"]) - int(cache["computed"])
+    return counts
+
+
 def machine() -> dict[str, Any]:
     """What a time was measured on."""
     import torch
@@ -168,6 +183,13 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _where() -> str:
+    """Which machine, process and GPU this is, for whoever reads the log of a failed run."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = f", GPU {gpu}" if gpu else ""
+    return f"{time.strftime('%F %T')}, process {os.getpid()} on {socket.gethostname()}{seen}"
 
 
 def _own_rich() -> None:

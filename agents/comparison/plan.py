@@ -12,6 +12,9 @@ results.json, results.csv, table.md, *.png
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from agents.comparison.arms import Arm, arm_config
 from repfusion_env.atomic import write_text
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, check, merge, to_dict, to_yaml
+from repfusion_env.folder_lock import FolderTaken, lock_folder
 
 FILE = "comparison.json"
 
@@ -112,6 +116,30 @@ def save_plan(plan: Plan) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError([f"--out: '{plan.folder}' cannot be written: {reason}"]) from None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the comparison's folder and keep others from running it at the same time.
+
+    Raises:
+        ConfigError: Another process runs it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, what="comparison")
+    except FolderTaken as error:
+        raise ConfigError(
+            [f"--out: comparison '{folder}' is being run by {error}; wait for it to end, or choose "
+             "another --out"]
+        ) from None  # fmt: skip
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError([f"--out: '{folder}' cannot be written: {reason}"]) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def load_plan(folder: Path) -> Plan | None:

@@ -8,17 +8,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from agents.comparison.engines import run_on
 from agents.comparison.headline import headline_of_result
 from agents.comparison.jobs import run_job
+from agents.comparison.places import Places
 from agents.comparison.plan import Plan
-from agents.comparison.workers import DONE, FAILED, run_jobs
+from agents.comparison.workers import DONE, FAILED
 from repfusion_env.atomic import write_text
 from repfusion_env.metric_names import metric_text
 from repfusion_env.progress import Progress
 
 
-def follow(plan: Plan, jobs: Sequence[dict[str, Any]], workers: int) -> list[str]:
-    """Run the jobs, show how far they are, and record failures.
+def follow(plan: Plan, jobs: Sequence[dict[str, Any]], places: Places) -> list[str]:
+    """Run the jobs where ``places`` says, show how far they are, and record failures.
 
     Returns:
         The state of each job that began, in the order of their ends.
@@ -33,7 +35,7 @@ def follow(plan: Plan, jobs: Sequence[dict[str, Any]], workers: int) -> list[str
         started[_key(job)] = time.monotonic()
 
     with Progress(total, "runs", description="compare", initial=before) as progress:
-        for outcome in run_jobs(run_job, jobs, workers, started=note_start):
+        for outcome in run_on(run_job, jobs, places, plan.folder, started=note_start):
             states.append(outcome.state)
             name, seed = _key(outcome.job)
             spent = time.monotonic() - started[name, seed]

@@ -5,7 +5,7 @@ Shape letters: n seeds, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class Summary:
         chosen: The best fixed timestep by seed.
         sweep_cost: Images through the teacher in one whole sweep, mean over seeds; None without.
         failures: By arm and seed.
-        machine: Of the last result.
+        machine: Of the last result; ``kinds``: how many different ones there are.
     """
 
     plan: Plan
@@ -223,8 +223,14 @@ def summarize(plan: Plan) -> Summary:
         chosen=chosen,
         sweep_cost=sweep_cost,
         failures=plan.failures(),
-        machine=dict(last[0]["machine"]),
+        machine=dict(last[0]["machine"]) | {"kinds": _kinds(results.values())},
     )
+
+
+def _kinds(results: Iterable[Result]) -> int:
+    """On how many kinds of machine runs took place."""
+    keys = ("processor", "device", "torch")
+    return len({tuple(result["machine"].get(key) for key in keys) for result in results})
 
 
 def _runs(arm: Arm, results: Mapping[int, Result]) -> Runs:

@@ -69,8 +69,19 @@ def _facts(summary: Summary) -> str:
         f"{_what(summary)}",
         f"- {machine.get('processor', 'unknown processor')}, {machine.get('threads', '?')} thread "
         f"for each run, {machine.get('device', '?')}, torch {machine.get('torch', '?')}, "
-        f"{machine.get('date', '')}",
+        f"{machine.get('date', '')}"
+        + (
+            f"; {machine['kinds']} kinds of machine in all, whose seconds do not compare"
+            if machine.get("kinds", 1) > 1
+            else ""
+        ),
     ]
+    if plan.config.cache.store != "off":
+        lines.append(
+            "- teacher features came from a cache that runs share: images that it spared a run are "
+            "counted as if they had gone through the teacher, those of the set-up excepted; "
+            "seconds depend on which run came first"
+        )
     if summary.chosen:
         chosen = ", ".join(str(timestep) for timestep in summary.chosen.values())
         lines.append(
@@ -146,8 +157,9 @@ def _question(summary: Summary) -> list[str]:
                 word = "worse"
             told = "" if found is None else _difference(found, summary.scale(task))
             cells.append(told and f"**{word}** {told}")
-        cost = summary.cost(name) / summary.sweep_cost
-        rows.append([_label(summary, name), f"{cost:.1%}", *cells])
+        # A sweep can be free: its teacher's set-up has been cached by others.
+        cost = f"{summary.cost(name) / summary.sweep_cost:.1%}" if summary.sweep_cost else ""
+        rows.append([_label(summary, name), cost, *cells])
     margin = summary.margin(REWARD)
     headroom = summary.runs[BEST_FIXED].headroom
     text = [
@@ -312,7 +324,8 @@ def spreadsheet(summary: Summary) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         ["arm", "group", "seed", *summary.tasks, "timestep_mean", "timestep_deviation"]
-        + ["decisions", "teacher_evaluations_setup", "teacher_evaluations_training"]
+        + ["decisions"]
+        + [f"teacher_evaluations_{part}" for part in ("setup", "training", "cached")]
         + [f"seconds_{part}" for part in parts]
     )
     for (name, seed), result in results.items():
@@ -323,7 +336,7 @@ def spreadsheet(summary: Summary) -> str:
             [name, summary.runs[name].arm.group, seed]
             + [values.get(task, "") for task in summary.tasks]
             + [timestep.get("mean", ""), timestep.get("deviation", ""), result["decisions"]]
-            + [costs["setup"], costs["training"]]
+            + [costs["setup"], costs["training"], costs.get("cached", 0)]
             + [round(result["seconds"].get(part, 0.0), 3) for part in parts]
         )
     return out.getvalue()

@@ -2,7 +2,8 @@
 
 Each has one thread of arithmetic and a session of its own at the system, so that Ctrl-C on a
 terminal reaches the parent alone; the parent then asks every worker once to save and stop. A worker
-that dies costs its job and no other's.
+that dies costs its job and no other's. Workers may be given different environments, which is how
+each comes to see one GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -23,6 +24,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 
 Work = Callable[[Any], Any]
+Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,18 @@ class Stop(BaseException):
 class _Worker:
     process: Any
     pipe: Connection
+    environment: Environment
     job: Any = None
     busy: bool = False
 
 
 def run_jobs(
-    work: Work, jobs: Sequence[Any], workers: int, *, started: Callable[[Any], None] | None = None
+    work: Work,
+    jobs: Sequence[Any],
+    workers: int,
+    *,
+    environments: Sequence[Environment] = ({},),
+    started: Callable[[Any], None] | None = None,
 ) -> Iterator[Outcome]:
     """Run ``work(job)`` for every job, in order of the list as workers become free.
 
@@ -62,6 +70,9 @@ def run_jobs(
             exception is that job's failure.
         jobs: Each picklable.
         workers: Processes at a time.
+        environments: What the first, second, ... worker finds in its environment beside what this
+            process has; more workers than environments begin again with the first. It is there
+            before a worker's first import. One that takes a dead one's place gets its environment.
         started: Told of each job as it is handed to a worker.
 
     Yields:
@@ -94,23 +105,24 @@ def run_jobs(
         number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        with _one_thread():
-            pool += [_start(work) for _ in range(min(workers, len(jobs)))]
-            for worker in pool:
+        for index in range(min(workers, len(jobs))):
+            pool.append(_start(work, environments[index % len(environments)]))
+        for worker in pool:
+            hand_out(worker)
+        while any(worker.busy for worker in pool):
+            # A time limit, as on some systems a signal does not end the wait.
+            ready = wait([worker.pipe for worker in pool if worker.busy], timeout=0.5)
+            for worker in [worker for worker in pool if worker.pipe in ready]:
+                job, outcome = worker.job, _outcome(worker)
+                worker.busy = False
+                if outcome is None:
+                    yield _died(worker, job, stopping)
+                    if waiting and not stopping:
+                        fresh = _start(work, worker.environment)
+                        pool[pool.index(worker)] = worker = fresh
+                else:
+                    yield outcome
                 hand_out(worker)
-            while any(worker.busy for worker in pool):
-                # A time limit, as on some systems a signal does not end the wait.
-                ready = wait([worker.pipe for worker in pool if worker.busy], timeout=0.5)
-                for worker in [worker for worker in pool if worker.pipe in ready]:
-                    job, outcome = worker.job, _outcome(worker)
-                    worker.busy = False
-                    if outcome is None:
-                        yield _died(worker, job, stopping)
-                        if waiting and not stopping:
-                            pool[pool.index(worker)] = worker = _start(work)
-                    else:
-                        yield outcome
-                    hand_out(worker)
     finally:
         for worker in pool:
             with suppress(OSError):
@@ -121,6 +133,16 @@ def run_jobs(
             worker.process.join(timeout=30)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def attempt(work: Work, job: Any) -> tuple[str, Any]:
+    """Do one job: its state and its value, as an :class:`Outcome` has them."""
+    try:
+        return DONE, work(job)
+    except (Stop, KeyboardInterrupt):
+        return STOPPED, None
+    except Exception as error:
+        return FAILED, f"{type(error).__name__}: {error}"
 
 
 def _outcome(worker: _Worker) -> Outcome | None:
@@ -141,20 +163,21 @@ def _died(worker: _Worker, job: Any, stopping: bool) -> Outcome:
     return Outcome(job, FAILED, f"its process ended ({how})")
 
 
-def _start(work: Work) -> _Worker:
+def _start(work: Work, environment: Environment) -> _Worker:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=False)
-    process.start()
+    with _inherited(dict.fromkeys(THREADS, "1") | dict(environment)):
+        process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, environment)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """The environment that workers inherit, in which libraries begin with one thread."""
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
+def _inherited(values: Environment) -> Iterator[None]:
+    """Put ``values`` into the environment that a process started now inherits."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
@@ -187,11 +210,9 @@ def _serve(work: Work, pipe: Connection) -> None:
             return
         try:
             busy = True
-            state, value = DONE, work(job)
-        except (Stop, KeyboardInterrupt):
+            state, value = attempt(work, job)
+        except KeyboardInterrupt:  # struck before the job began, or after its end
             state, value = STOPPED, None
-        except Exception as error:
-            state, value = FAILED, f"{type(error).__name__}: {error}"
         busy = False
         try:
             pipe.send((state, value))

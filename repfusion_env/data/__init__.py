@@ -1,4 +1,4 @@
-"""Data sets as image banks that stay on the device.
+"""Data sets as image banks that stay on the device, or are streamed to it.
 
 A data set is a function ``load(config: DataConfig) -> (train, held-out)``, one file each, with one
 line in :data:`repfusion_env.registry.DATASETS`.
@@ -6,11 +6,8 @@ line in :data:`repfusion_env.registry.DATASETS`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import ImageBank
-from repfusion_env.data.splits import recolor
 from repfusion_env.registry import DATASETS, WrongPartError, look_up
 
 __all__ = ["ImageBank", "load_data"]
@@ -46,9 +43,7 @@ def load_data(config: DataConfig) -> tuple[ImageBank, ImageBank]:
     if config.image_size is not None:
         train, heldout = (bank.resized(config.image_size) for bank in (train, heldout))
     if config.channels is not None:
-        train, heldout = (
-            replace(bank, images=recolor(bank.images, config.channels)) for bank in (train, heldout)
-        )
+        train, heldout = (bank.recolored(config.channels) for bank in (train, heldout))
     if train.shape != heldout.shape:
         raise ValueError(
             f"data set '{train.name}': training images are {train.shape} (C, H, W) but held-out "

@@ -1,20 +1,24 @@
 """The image bank: a whole data set as one uint8 tensor on the device that trains on it.
 
+Where it does not fit, images that are decoded as they are needed take the tensor's place.
+
 Shape letters: M images in the bank, N lanes, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from repfusion_env.data.annotations import Annotation
-from repfusion_env.data.splits import resize
+from repfusion_env.data.splits import recolor, resize
+from repfusion_env.data.streamed import StreamedImages
 
 # The classes of images that come without any.
 UNLABELLED = ("unlabelled",)
@@ -26,7 +30,7 @@ class ImageBank:
 
     Args:
         name: What the bank is called in messages and figures.
-        images: Pixels, uint8, (M, C, H, W).
+        images: Pixels, uint8, (M, C, H, W); under ``data.storage: stream`` what decodes them.
         labels: Class of each image, int64, (M,), each in ``0..len(classes) - 1``.
         classes: Names of the classes, in the order of the labels.
         given: Where the labels are clusters, the same images with the labels that they came with;
@@ -43,7 +47,7 @@ class ImageBank:
     """
 
     name: str
-    images: Tensor
+    images: Tensor | StreamedImages
     labels: Tensor
     classes: tuple[str, ...]
     given: ImageBank | None = None
@@ -99,16 +103,38 @@ class ImageBank:
         return self.given or self
 
     @property
+    def streamed(self) -> bool:
+        """Whether the images are decoded as they are needed."""
+        return isinstance(self.images, StreamedImages)
+
+    @property
+    def ahead(self) -> int:
+        """Steps whose images are decoded ahead; 0 where all are here."""
+        return self.images.ahead if isinstance(self.images, StreamedImages) else 0
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """A sentence for each file that could not be read, those met while streaming among them."""
+        met = self.images.skipped if isinstance(self.images, StreamedImages) else ()
+        return (*self.skipped, *met)
+
+    @property
     def device(self) -> torch.device:
         """Where the images are."""
         return self.images.device
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of pixels, labels, annotations and names; the same on every device."""
+        """SHA-256 (hex) of pixels, labels, annotations and names; the same on every device.
+
+        Of streamed images the files' names, sizes and times of change stand for the pixels.
+        """
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
+        if isinstance(self.images, StreamedImages):
+            digest.update(b"streamed" + self.images.identity())
+        else:
+            digest.update(self.images.cpu().contiguous().numpy().data)
+        digest.update(self.labels.cpu().contiguous().numpy().data)
         for kind, annotation in sorted(self.annotations.items()):
             digest.update(repr((kind, annotation.names)).encode())
             for tensor in annotation.tensors:
@@ -141,14 +167,50 @@ class ImageBank:
         """The middle squares at ``side`` pixels; annotations follow their images."""
         size = self.shape[1], self.shape[2]
         annotations = {k: found.resized(size, side) for k, found in self.annotations.items()}
+        if isinstance(self.images, StreamedImages):
+            return self  # decoded at the configured size
         return replace(self, images=resize(self.images, side), annotations=annotations)
+
+    def recolored(self, channels: int) -> ImageBank:
+        """The same images in grey (1) or RGB (3)."""
+        if isinstance(self.images, StreamedImages):
+            return self  # decoded in the configured colours
+        return replace(self, images=recolor(self.images, channels))
 
     def relabelled(self, labels: Tensor, classes: tuple[str, ...]) -> ImageBank:
         """The same images with other labels, (M,); those that they came with stay beside them."""
         given = self if self.labelled else None
         return replace(self, labels=labels, classes=classes, given=given)
 
-    def _with(self, images: Tensor, labels: Tensor, given: Tensor | None) -> ImageBank:
+    def stage(self, ids: Tensor, host: np.ndarray, ahead: Sequence[np.ndarray] = ()) -> None:
+        """Say which images are asked for next and after that; a resident bank has them all.
+
+        Args:
+            ids: (N,) the very tensor that :meth:`pixels` will be asked with, on the bank's device.
+            host: Its different ids on the host, int64; see :meth:`StreamedImages.stage`.
+            ahead: The same of the batches that follow.
+        """
+        if isinstance(self.images, StreamedImages):
+            self.images.stage(ids, host, ahead)
+
+    def announced(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """``pieces`` of ids, (n,) each, one by one; of a streamed bank the next are decoded."""
+        if not isinstance(self.images, StreamedImages):
+            yield from pieces
+            return
+        pieces, ahead = list(pieces), self.images.ahead
+        hosts = [piece.cpu().numpy() for piece in pieces]
+        for index, piece in enumerate(pieces):
+            self.stage(piece, hosts[index], hosts[index + 1 : index + 1 + ahead])
+            yield piece
+
+    def drain_metrics(self) -> dict[str, float]:
+        """Under ``data.storage: stream`` the share of time spent waiting for images, by its tag."""
+        return self.images.drain_metrics() if isinstance(self.images, StreamedImages) else {}
+
+    def _with(
+        self, images: Tensor | StreamedImages, labels: Tensor, given: Tensor | None
+    ) -> ImageBank:
         # The pixels are never held twice.
         bank = replace(self, images=images, labels=labels, given=None)
         if self.given is None or given is None:
@@ -167,5 +229,5 @@ class ImageBank:
         return self.images.index_select(0, ids).float().div_(127.5).sub_(1.0)
 
 
-def _kind(tensor: Tensor) -> str:
+def _kind(tensor: Tensor | StreamedImages) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -82,8 +82,20 @@ def decode_files(
         ValueError: More files than may be left out are no image, truncated or damaged; sizes are
             mixed without ``data.image_size``; or the banks exceed the machine's memory.
     """
-    found = outline(listings, config, unreadable)
-    reserve(name, (len(listings[0]), len(listings[1])), found.shape)
+    return decode_outlined(
+        name, listings, outline(listings, config, unreadable), config, unreadable
+    )
+
+
+def decode_outlined(
+    name: str,
+    listings: tuple[Sequence[Path], Sequence[Path]],
+    found: Outline,
+    config: DataConfig,
+    unreadable: Unreadable,
+) -> tuple[Decoded, Decoded]:
+    """As :func:`decode_files`, of the files in ``found`` alone; a part of it may be empty."""
+    reserve(name, (len(found.looked_at[0]), len(found.looked_at[1])), found.shape)
 
     def read(path: Path) -> tuple[Tensor]:
         with sentences(f"'{path}'"):
@@ -174,7 +186,9 @@ def decode_each(
     total, blocks = sum(counts), _blocks(sum(counts))
     for _ in watched(in_threads(decode, blocks), total, description="decode", unit="images"):
         pass
-    unreadable.check_rest((int(readable[0].sum()), int(readable[1].sum())))
+    # A part without jobs is none of ours: streamed images are decoded later.
+    left = [int(found.sum()) if len(found) else 1 for found in readable]
+    unreadable.check_rest((left[0], left[1]))
     train, heldout = (
         Decoded(tuple(closed_up(tensor, kept) for tensor in tensors), kept)
         for tensors, kept in zip(
@@ -200,20 +214,29 @@ def closed_up(tensor: Tensor, kept: Tensor) -> Tensor:
 
 def decoded(source: Path | BytesIO, *, side: int | None, channels: int) -> Tensor:
     """One image, uint8 (C, H, W); with a side its middle square at this size, antialiased."""
+    return torch.from_numpy(decoded_array(source, side=side, channels=channels))
+
+
+def decoded_array(source: Path | BytesIO, *, side: int | None, channels: int) -> np.ndarray:
+    """As :func:`decoded`."""
     with Image.open(source) as image:
-        return pixels(image, side=side, channels=channels)
+        return _array(image, side=side, channels=channels)
 
 
 def pixels(image: Image.Image, *, side: int | None, channels: int) -> Tensor:
     """An opened image, uint8 (C, H, W); with a side its middle square at this size, antialiased."""
+    return torch.from_numpy(_array(image, side=side, channels=channels))
+
+
+def _array(image: Image.Image, *, side: int | None, channels: int) -> np.ndarray:
     if side is not None:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8: what is left is still twice the side.
         image.draft(None, (2 * side, 2 * side))
     picture = eight_bits(image).convert("L" if channels == 1 else "RGB")
     if side is not None and picture.size != (side, side):
         picture = ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR)
-    array = torch.from_numpy(np.array(picture))
-    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
+    array = np.array(picture)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

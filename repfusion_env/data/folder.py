@@ -18,6 +18,7 @@ from repfusion_env.config import DataConfig
 from repfusion_env.data.bank import UNLABELLED, ImageBank
 from repfusion_env.data.decode import SUFFIXES, decode_files
 from repfusion_env.data.splits import permutation, split
+from repfusion_env.data.streamed_files import streamed_banks
 from repfusion_env.data.unreadable import Unreadable
 from repfusion_env.registry import did_you_mean
 
@@ -64,8 +65,13 @@ def existing_folder(given: str) -> Path:
 def banks(
     name: str, listings: tuple[Listing, Listing], classes: tuple[str, ...], config: DataConfig
 ) -> tuple[ImageBank, ImageBank]:
-    """Decode (path, label) listings, no more of them than the configuration's limits."""
+    """(path, label) listings, no more of them than the configuration's limits, as banks.
+
+    All are decoded; under ``data.storage: stream`` the held-out ones alone.
+    """
     train, heldout = listings[0][: config.train_limit], listings[1][: config.heldout_limit]
+    if config.storage == "stream":
+        return streamed_banks(name, (train, heldout), classes, config)
     unreadable = Unreadable(len(train) + len(heldout), config.skip_unreadable, name)
     paths = ([path for path, _ in train], [path for path, _ in heldout])
     parts = decode_files(name, paths, config, unreadable)

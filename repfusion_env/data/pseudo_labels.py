@@ -84,7 +84,8 @@ def _pooled(config: ExperimentConfig, teacher: Teacher, bank: ImageBank) -> np.n
     ids = torch.arange(len(bank), device=bank.device)
     size = {} if config.teacher.batch_size is None else {"size": config.teacher.batch_size}
     rows = []
-    for part in watched(chunks(ids, **size), len(ids), description="clusters", unit="images"):
+    parts = bank.announced(chunks(ids, **size))
+    for part in watched(parts, len(ids), description="clusters", unit="images"):
         clean = teacher.encode(bank.pixels(part))
         maps = teacher.features(clean, torch.full_like(part, timestep))
         pooled = pooled_layers([maps[layer] for layer in teacher.layers])  # (N, D)

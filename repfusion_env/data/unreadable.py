@@ -14,7 +14,7 @@ MOST_NAMED = 3
 
 def unreadable_images(train: ImageBank, heldout: ImageBank) -> dict[str, list[str]]:
     """What a run's summary says of images that were left out: nothing, or all of the sentences."""
-    found = [*train.skipped, *heldout.skipped]
+    found = [*train.unreadable, *heldout.unreadable]
     return {"unreadable_images": found} if found else {}
 
 

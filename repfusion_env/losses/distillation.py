@@ -47,6 +47,11 @@ class DistillationLoss(nn.Module):
         """The losses that count."""
         return frozenset(self.weights)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a loss keeps a memory of images."""
+        return any(hasattr(loss, "remember") for loss in self._losses(0))
+
     def layer(
         self,
         index: int,

@@ -126,7 +126,8 @@ def embed(backbone: Backbone, bank: ImageBank, *, batch_size: int = 256) -> Tens
     """
     network = copy.deepcopy(backbone).to(bank.device).eval()
     ids = torch.arange(len(bank), device=bank.device)
-    pieces = watched(ids.split(batch_size), len(bank), description="embed", unit="images")
+    parts_of = bank.announced(ids.split(batch_size))
+    pieces = watched(parts_of, len(bank), description="embed", unit="images")
     parts = [pooled(network, bank.pixels(part)) for part in pieces]
     # Cloned outside of inference mode, so that the caller may train on it.
     with torch.inference_mode(False):

@@ -186,6 +186,24 @@ def test_the_report_holds_every_run_and_answers_the_question(filled: Plan) -> No
     assert int(one["teacher_evaluations_training"]) == 1000
 
 
+def test_what_a_cache_spared_a_run_counts_and_other_machines_are_told(filled: Plan) -> None:
+    """UCB came after all others: with a shared cache its own images through the teacher are few."""
+    before = summarize(filled).cost("ucb")
+    for seed in range(4):
+        path = filled.result_path("ucb", seed)
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["teacher_evaluations"] |= {"training": 30, "cached": 970}
+        result["machine"] = {"processor": "slide rule"}
+        path.write_text(json.dumps(result), encoding="utf-8")
+    summary = summarize(filled)
+    assert summary.cost("ucb") == before
+    assert "2 kinds of machine in all" in markdown(summary)
+    rows = csv.DictReader(spreadsheet(summary).splitlines())
+    row = next(row for row in rows if row["arm"] == "ucb")
+    parts = ("setup", "training", "cached")
+    assert [row[f"teacher_evaluations_{part}"] for part in parts] == ["100", "30", "970"]
+
+
 def test_own_arms_and_patterns_choose_what_they_say() -> None:
     known = shipped_arms(load_config("debug", GRID))
     assert list(chosen_arms(known, ["fixed-4*", "simple"])) == ["fixed-400", "random", "annealed"]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repfusion_env.compiling import CompiledRegions
 from repfusion_env.config import TeacherConfig
 from repfusion_env.teachers.base import TeacherCard, TeacherError, unknown_layers
 from repfusion_env.teachers.files.quiet import first_line, quiet_diffusers
@@ -167,6 +168,7 @@ class NetworkTeacher:
         self.fingerprint = _fingerprint(network, encoder, process, described)
         self.network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.offload = CpuOffload(self.network, found.users) if config.offload == "cpu" else None
+        self.compiled: CompiledRegions | None = None
         self._outputs: dict[str, Tensor] = {}
         self._seen: tuple[int, ...] = plan.input_shape
         deepest = found.last(layers)
@@ -221,13 +223,34 @@ class NetworkTeacher:
             self.encoder.to(device)
         return self
 
+    def compile(self, sizes: Iterable[int], *, cuda_graphs: bool = False) -> None:
+        """Run compiled where so many images come at once, and as it is at any other number.
+
+        Weights that wait in main memory leave nothing to compile: they come and go by hooks.
+
+        Args:
+            sizes: Numbers of images; none: compiled nowhere.
+            cuda_graphs: Replay what is compiled as CUDA graphs.
+        """
+        if self.compiled is not None and self.compiled.cuda_graphs != cuda_graphs:
+            self.compiled.remove()
+            self.compiled = None
+        sizes = frozenset(sizes)
+        if self.compiled is None and sizes and self.offload is None:
+            self.compiled = CompiledRegions(self.network, self.layers, cuda_graphs=cuda_graphs)
+        if self.compiled is not None:
+            self.compiled.sizes = sizes
+
     def _read(self, images: Tensor, conditions: Tensor) -> dict[str, Tensor]:
         self._seen = tuple(images.shape[1:])
         # What a forward that failed has left.
         self._outputs.clear()
         # Inference mode rather than no_grad: it also skips version counters and view tracking,
         # which the many small operations of a UNet feel.
-        with torch.inference_mode(), contextlib.suppress(_Reached):
+        regions = (
+            contextlib.nullcontext() if self.compiled is None else self.compiled.at(len(images))
+        )
+        with torch.inference_mode(), regions, contextlib.suppress(_Reached):
             images = images.to(self.dtype).contiguous(memory_format=self.layout)
             self.plan.run(self.network, images, conditions)
         # Copied outside of it: autograd refuses to save an inference tensor in a loss.

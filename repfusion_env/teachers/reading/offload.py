@@ -38,6 +38,7 @@ class CpuOffload:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self._pin(torch.device(device))
         self._bring_home(set(self.away))
         for module in self.network.modules():
             for leaf, buffer in module._buffers.items():
@@ -63,12 +64,23 @@ class CpuOffload:
         self.handles.append(module.register_forward_pre_hook(send))
         self.handles.append(module.register_forward_hook(bring_home, always_call=True))
 
+    def _pin(self, device: torch.device) -> None:
+        """Lock the weights in main memory, whence a GPU fetches them without the host waiting."""
+        if device.type != "cuda":
+            return
+        for parameter in self.home.values():
+            # In a dry run tensors have no memory to lock.
+            if type(parameter.data) is torch.Tensor and not parameter.is_pinned():
+                parameter.data = parameter.data.pin_memory()
+
     def _send(self, names: Set[str], device: torch.device | str) -> set[str]:
         """Send those that are at home; returns them."""
         sent = (names & self.home.keys()) - self.away
         for name in sent:
             owner, leaf = self.owners[name]
-            owner._parameters[leaf] = nn.Parameter(self.home[name].to(device), requires_grad=False)
+            owner._parameters[leaf] = nn.Parameter(
+                self.home[name].to(device, non_blocking=True), requires_grad=False
+            )
         self.away |= sent
         return sent
 
