@@ -1,328 +1,185 @@
-"""Decisions per second: the published step, our environment, the bare trainer, SB3's adapter.
+"""Everything that the bars of speed need, measured in one run.
 
-    python -m benchmarks.throughput                    # about ten minutes on four cores
-    python -m benchmarks.throughput --json FILE        # the samples too
-    python -m benchmarks.throughput --smoke            # does it run? seconds, figures mean nothing
+    python -m benchmarks.throughput --json FILE              # all parts; most of an hour
+    python -m benchmarks.throughput --only steps,costs       # some of them
+    python -m benchmarks.throughput --smoke                  # does it run? the figures mean nothing
 
-All lines run in one process on the same images, taking turns (see :mod:`benchmarks.timing`). The
-teacher is google/ddpm-cifar10-32's network with random weights, the student a CIFAR ResNet-18.
-The shipped digits experiment runs along: its short steps would show an environment's cost most.
+Ways of doing the work take turns in one process (see :mod:`benchmarks.timing`), so that ratios hold
+on a machine that others use. The teacher is google/ddpm-cifar10-32's network with random weights,
+the student a CIFAR ResNet-18. Parts, each a module with ``measure(size, device, ...)``:
 
-Shape letters: N lanes.
+- ``steps``: the published step, and our environment's with and without everything that is fast.
+- ``costs``: environment layer and SB3 adapter over the bare trainer, and where a step's time goes.
+- ``device``: matrix peak of the device and what of it the on-line step reaches.
+- ``memory``: peak by mode, and whether memory stays flat over 5,000 steps.
+- ``fidelity``: how far the fast paths' features, gradients and rewards are from the plain path's.
+- ``ranks``: two processes under torchrun against one.
+- ``streaming``: images that are decoded while training goes on.
+
+The file of ``--json``; a spread is ``{"median", "min", "max"}`` over the rounds, seconds are those
+of one step, shares are parts of 1::
+
+    {
+      "format": 1,
+      "seed": 0,
+      "smoke": false,
+      "seconds": 1234.5,                           # of the whole run
+      "machine": {"cpu", "cores", "bf16_instructions", "threads", "gpu", "system", "python",
+                  "torch", "date", "others"},
+      "size": {"lanes", "rounds", "steps", "student", "smoke", "published_lanes"},
+      "parts": {                                   # those that were run
+        "steps": {
+          "parameters": 35746307,                  # of the whole teacher
+          "lines": {
+            "published step": {...}, "published step without policy": {...},
+            "published work, fast": {              # a name of benchmarks.settings.SETTINGS
+              "lanes": 64,
+              "setting": {"name", "reward", "input", "fast", "compiled", "cache", "start", "group"},
+              "flops_per_decision": 1.2e10,        # null for the published step
+              "first_step_seconds": 30.1,          # with the compilation; null likewise
+              "hit_rate": 1.0,                     # of a warm cache; else null
+              "decisions_per_second": spread,
+              "seconds_per_step": [one for each round]
+            }
+          },
+          "ratios": {"published work, fast": {"published step": spread,
+                                              "published step without policy": spread}}
+        },
+        "costs": {
+          "lanes": 256,
+          "settings": {
+            "published work, fast": {              # and "shipped digits"
+              "trainer_seconds": spread,           # of the bare step inside the environment's
+              "environment": spread,               # time beyond it, as a share of it
+              "adapter": spread,                   # likewise of the SB3 adapter's step
+              "profile": {"teacher forward": 0.41, ...}  # seconds of one adapter's step, by part;
+            }                                      # parts exclude one another and sum to the step
+          }
+        },
+        "device": {
+          "peak_flops_per_second": {"bf16": spread, "fp32": spread},    # large matrix products
+          "copy_bytes_per_second": spread,         # read and written
+          "utilisation": {"published work, fast": 0.2}   # of the bf16 peak; on-line settings of
+        },                                         # "steps" (absent where that was not run)
+        "memory": {
+          "peaks": {"published step": {"host_gib", "device_gib", "base_gib"}, ...},
+          "flat": {"digits on line": {"steps": 5000, "growth": 0.001, "host_mib": [...],
+                                      "device_mib": [...], "at": [steps]}, ...}
+        },
+        "fidelity": {
+          "config": "digits", "batches": 4, "trained": 100,
+          "paths": {"teacher bf16": {"features mean", "features max", "gradient", "reward mean",
+                                     "reward max"}, ...}   # relative errors
+        },
+        "ranks": {...}, "streaming": {...}         # see these modules
+      },
+      "bars": [{"name", "needs", "value", "from", "met"}]   # value and met null: not measured
+    }
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks.material import (
-    CLASSES,
-    DDPM_CIFAR10_UNET,
-    LAYER,
-    TINY_UNET,
-    Material,
-    make_material,
-)
-from benchmarks.published_step import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, PublishedStep
-from benchmarks.timing import (
-    Bystanders,
-    Line,
-    Timing,
-    interleave,
-    machine,
-    machine_lines,
-    ratios,
-    spread,
-)
-from repfusion_env.actions.choice import Choice
+from benchmarks import bars
+from benchmarks.device import utilisation
+from benchmarks.settings import Size
+from benchmarks.timing import Bystanders, machine, machine_lines
 from repfusion_env.atomic import write_text
-from repfusion_env.config import ExperimentConfig
-from repfusion_env.config_loading import check, load_config
-from repfusion_env.data import load_data
 from repfusion_env.devices import resolve_device
-from repfusion_env.envs import RepFusionVectorEnv
-from repfusion_env.frozen import build_frozen_parts
-from repfusion_env.sb3 import RepFusionVecEnv
-from repfusion_env.trainer import DistillationTrainer, StepResult
+from repfusion_env.registry import did_you_mean
 
-TIMESTEPS = 1000
-DIGITS = "shipped digits"
-PUBLISHED = {
-    "published": "published step",
-    "published without policy": "published step without policy",
+FORMAT = 1
+# The modules that measure; each has ``measure(size, device, say)`` and ``table(result)``.
+PARTS: dict[str, str] = {
+    "steps": "benchmarks.steps",
+    "costs": "benchmarks.costs",
+    "device": "benchmarks.device",
+    "memory": "benchmarks.memory",
+    "fidelity": "benchmarks.fidelity",
+    "ranks": "benchmarks.ranks",
+    "streaming": "benchmarks.streaming",
 }
-LAYER_COST = "environment layer, % of the trainer inside its step"
-PREPARED = 64  # batches of ids, actions and timesteps drawn before the clock starts
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large everything is.
+def measure(
+    size: Size,
+    device: str = "cpu",
+    parts: Iterable[str] = tuple(PARTS),
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run the parts one after another.
 
-    Attributes:
-        lanes: N.
-        rounds: Samples per line.
-        steps: Per sample.
-        student: Name in the registry.
-        smoke: Tiny networks, no meaning.
-    """
-
-    lanes: int
-    rounds: int
-    steps: int
-    student: str
-    smoke: bool = False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One configuration of our side.
-
-    Attributes:
-        name: In the table.
-        reward: ``reward.kind``.
-        input: ``teacher.input``.
-        fast: bf16 and channels-last for teacher and student.
-    """
-
-    name: str
-    reward: str
-    input: str
-    fast: bool
-
-
-SETTINGS = (
-    Setting("published work, fp32", "teacher_probe", "clean", fast=False),
-    Setting("published work, fast", "teacher_probe", "clean", fast=True),
-    Setting("default reward, fp32", "student_lookahead", "noised", fast=False),
-    Setting("default reward, fast", "student_lookahead", "noised", fast=True),
-)
-
-
-class WatchedTrainer(DistillationTrainer):
-    """The trainer with a stopwatch on ``step``: what an environment's step takes beyond it."""
-
-    seconds = 0.0
-
-    def step(self, ids: Tensor, choice: Choice | Tensor, visits: Tensor) -> StepResult:
-        """See the trainer. On CUDA the stopwatch sees the queueing alone."""
-        started = time.perf_counter()
-        result = super().step(ids, choice, visits)
-        self.seconds += time.perf_counter() - started
-        return result
-
-
-def experiment(setting: Setting, material: Material, size: Size, device: str) -> ExperimentConfig:
-    """The configuration of our side: everything that the published step does, by its settings."""
-    precision = "bf16" if setting.fast else "fp32"
-    form = {"precision": precision, "channels_last": setting.fast}
-    width = (TINY_UNET if size.smoke else DDPM_CIFAR10_UNET)["block_out_channels"][-1]
-    return check(
-        {
-            "device": device,
-            "data": {"name": "npz", "path": str(material.bank)},
-            "teacher": {
-                "model": str(material.teacher),
-                "layers": [LAYER],
-                "input": setting.input,
-                # Statistics of each of 1000 timesteps would take many times the measurement.
-                "standardize": "grid",
-                "standardize_images": 64,
-                **form,
-            },
-            "timesteps": {"count": TIMESTEPS, "first": 0, "last": TIMESTEPS - 1},
-            "student": {"name": size.student, "ema": 0.999, **form},
-            "optimizer": {
-                "name": "sgd",
-                "learning_rate": LEARNING_RATE,
-                "momentum": MOMENTUM,
-                "weight_decay": WEIGHT_DECAY,
-                "batch_size": size.lanes,
-            },
-            "reward": {"kind": setting.reward, "probe_hidden": width},
-            # Pixels need no pass of the teacher over the bank, and are the largest observation.
-            "observation": {"source": "pixels"},
-            "env": {"num_envs": size.lanes},
-        }
-    )
-
-
-def digits(size: Size, device: str) -> ExperimentConfig:
-    """The shipped configuration, whose steps are so short that the environment could show."""
-    changes: dict[str, Any] = {"device": device, "env.num_envs": size.lanes}
-    if size.smoke:
-        changes |= {"data.train_limit": 64, "teacher.standardize_images": 8}
-    return load_config("digits", changes)
-
-
-def our_lines(name: str, config: ExperimentConfig, repeat: int = 1) -> list[Line]:
-    """Environment, bare trainer and SB3 adapter over one trainer; all inputs drawn beforehand."""
-    trainer = WatchedTrainer(config, build_frozen_parts(config))
-    env = RepFusionVectorEnv(trainer=trainer)
-    env.reset(seed=0)
-    adapter = RepFusionVecEnv(env)
-    generator = torch.Generator().manual_seed(0)
-    shape = (PREPARED, env.num_envs)
-    actions = torch.randint(len(env.grid), shape, generator=generator)
-    ids = torch.randint(len(trainer.parts.train), shape, generator=generator)
-    visits = torch.arange(PREPARED * env.num_envs).view(shape)
-    arrays = actions.numpy()
-    actions, ids, visits = (part.to(trainer.device) for part in (actions, ids, visits))
-    timesteps = env.grid.tensor[actions]
-
-    def bare(step: int) -> StepResult:
-        at = step % PREPARED
-        return trainer.step(ids[at], timesteps[at], visits[at])
-
-    return [
-        Line(
-            f"environment, {name}",
-            lambda step: env.step(actions[step % PREPARED]),
-            None if trainer.device.type == "cuda" else lambda: trainer.seconds,
-            repeat,
-        ),
-        Line(f"trainer, {name}", bare, repeat=repeat),
-        Line(
-            f"SB3 adapter, {name}",
-            lambda step: adapter.step(arrays[step % PREPARED]),
-            repeat=repeat,
-        ),
-    ]
-
-
-def published_lines(material: Material, size: Size, device: str) -> list[Line]:
-    """The published step, whole and without its policy network."""
-    where = resolve_device(device)
-    bank = load_data(experiment(SETTINGS[0], material, size, device).data)[0].to(where)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(bank), (PREPARED, size.lanes), generator=generator).to(where)
-    lines = []
-    for name, policy in zip(PUBLISHED.values(), (True, False), strict=True):
-        published = PublishedStep(
-            material.teacher,
-            LAYER,
-            student=size.student,
-            shape=bank.shape,
-            classes=CLASSES,
-            device=where,
-            policy=policy,
-        )
-
-        def step(number: int, published: PublishedStep = published) -> dict[str, float]:
-            at = ids[number % PREPARED]
-            return published.step(bank.pixels(at), bank.labels[at])
-
-        lines.append(Line(name, step))
-    return lines
-
-
-def measure(size: Size, device: str = "cpu", *, quiet: bool = False) -> dict[str, Any]:
-    """Run everything.
+    Args:
+        size: How large everything is.
+        device: As in configurations.
+        parts: Of :data:`PARTS`.
+        say: Told how far it is.
+        keep: Given the result so far after each part.
 
     Returns:
-        JSON-able: ``machine``, ``size``, ``parameters`` of the teacher, ``lines`` (decisions/s and
-        seconds per step by line) and ``ratios``.
+        What the module's docstring describes.
     """
-
-    def say(text: str) -> None:
-        if not quiet:
-            print(f"{text} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
-
     started = time.monotonic()
     where = resolve_device(device)
     facts = machine(where)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = TINY_UNET if size.smoke else DDPM_CIFAR10_UNET
-        material = make_material(Path(folder), unet, images=64 if size.smoke else 2000)
-        lines = published_lines(material, size, device)
-        for setting in SETTINGS:
-            lines += our_lines(setting.name, experiment(setting, material, size, device))
-        lines += our_lines(DIGITS, digits(size, device), repeat=1 if size.smoke else 10)
-        say(f"built {len(lines)} lines")
-        bystanders = Bystanders()
-        timings = interleave(
-            lines, rounds=size.rounds, steps=size.steps, device=where, progress=say
-        )
-        facts["others"] = bystanders.share()
-    return {
-        "machine": facts,
-        "size": asdict(size),
-        "parameters": material.parameters,
-        "seconds": time.monotonic() - started,
-        "lines": {name: _line_record(timing, size.lanes) for name, timing in timings.items()},
-        "ratios": {
-            name: _comparisons(timings, name)
-            for name in (*(setting.name for setting in SETTINGS), DIGITS)
-        },
-    }
-
-
-def _line_record(timing: Timing, lanes: int) -> dict[str, Any]:
-    return {
-        "decisions_per_second": spread([lanes / seconds for seconds in timing.seconds]),
-        "seconds_per_step": list(timing.seconds),
-    }
-
-
-def _comparisons(timings: dict[str, Timing], name: str) -> dict[str, dict[str, float]]:
-    env, bare, adapter = (
-        timings[f"{kind}, {name}"] for kind in ("environment", "trainer", "SB3 adapter")
-    )
-    found = {}
-    if name != DIGITS:
-        for title, line in PUBLISHED.items():
-            found[f"environment / {title}"] = ratios(env, timings[line])
-    found |= {
-        "environment / trainer": ratios(env, bare),
-        "SB3 adapter / trainer": ratios(adapter, bare),
-    }
-    if env.outside:
-        found[LAYER_COST] = list(env.outside)
-    return {key: spread(values) for key, values in found.items()}
+    bystanders = Bystanders()
+    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    for part in parts:
+        began = time.monotonic()
+        found[part] = importlib.import_module(PARTS[part]).measure(size, device, say)
+        gc.collect()
+        say(f"part {part}: {time.monotonic() - began:.0f} s")
+        if {"device", "steps"} <= found.keys():
+            found["device"]["utilisation"] = utilisation(found["device"], found["steps"])
+        result = {
+            "format": FORMAT,
+            "seed": 0,
+            "smoke": size.smoke,
+            "seconds": time.monotonic() - started,
+            "machine": facts | {"others": bystanders.share()},
+            "size": asdict(size),
+            "parts": found,
+            "bars": bars.judge(found, cuda=where.type == "cuda"),
+        }
+        keep(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The result in Markdown."""
-    size = result["size"]
-    rows = [
-        *machine_lines(result["machine"]),
-        f"- teacher {result['parameters'] / 1e6:.1f} M parameters, student {size['student']}, "
-        f"{size['lanes']} lanes; {size['rounds']} rounds of {size['steps']} steps per line, "
-        f"{result['seconds']:.0f} s in all",
-        "",
-        "| line | decisions/s, median [min, max] |",
-        "| --- | --- |",
+    blocks = [
+        "\n".join([*machine_lines(result["machine"]), f"- {result['seconds']:.0f} s in all"]),
+        bars.table(result["bars"]),
+        *(
+            importlib.import_module(PARTS[part]).table(found)
+            for part, found in result["parts"].items()
+        ),
     ]
-    for name, record in result["lines"].items():
-        rows.append(f"| {name} | {_shown(record['decisions_per_second'], '.1f')} |")
-    names = list(next(iter(result["ratios"].values())))
-    rows += ["", f"| within a round | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
-    for setting, found in result["ratios"].items():
-        cells = [
-            _shown(found[name], ".2%" if name == LAYER_COST else ".3f") if name in found else ""
-            for name in names
-        ]
-        rows.append(f"| {setting} | {' | '.join(cells)} |")
-    if size["smoke"]:
-        rows += ["", "Smoke run: tiny networks, the figures mean nothing."]
-    return "\n".join(rows)
+    if result["smoke"]:
+        blocks.append("Smoke run: tiny networks, the figures mean nothing.")
+    return "\n\n".join(blocks)
 
 
-def _shown(found: dict[str, float], form: str) -> str:
-    middle, low, high = (format(found[key], form) for key in ("median", "min", "max"))
-    return f"{middle} [{low}, {high}]"
+def _parts(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(
+                f"'{name}' given.{did_you_mean(name, PARTS)} Allowed: {', '.join(PARTS)}"
+            )
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -331,27 +188,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.throughput", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write figures and samples here")
-    parser.add_argument("--smoke", action="store_true", help="tiny networks; seconds")
+    parser.add_argument(
+        "--only",
+        metavar="PART,...",
+        type=_parts,
+        default=list(PARTS),
+        help=f"some of {', '.join(PARTS)} (default: all)",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny networks; two minutes")
     parser.add_argument("--rounds", type=int, default=10, help="samples per line (default: 10)")
-    parser.add_argument("--steps", type=int, default=2, help="steps per sample (default: 2)")
-    parser.add_argument("--lanes", type=int, default=64, help="N (default: 64)")
+    parser.add_argument(
+        "--steps", type=int, help="steps per sample (default: 2 on a CPU, 20 on CUDA)"
+    )
+    parser.add_argument(
+        "--lanes", type=int, default=64, help="N on a CPU (default: 64); on CUDA the best is found"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<index>")
     chosen = parser.parse_args(argv)
     for name in ("rounds", "steps", "lanes"):
-        if getattr(chosen, name) < 1:
+        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
             parser.error(f"--{name}: {getattr(chosen, name)} given; it must be 1 or more")
     if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no folder '{chosen.json.parent}'")
-    size = Size(chosen.lanes, chosen.rounds, chosen.steps, "resnet18")
-    if chosen.smoke:
-        size = Size(4, 2, 1, "small_cnn", smoke=True)
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{text} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        if chosen.json is not None:
+            write_text(chosen.json, json.dumps(result, indent=1) + "\n")
+
     try:
-        result = measure(size, chosen.device)
+        steps = chosen.steps or {"cpu": 2, "cuda": 20}[resolve_device(chosen.device).type]
+        size = Size(chosen.lanes, chosen.rounds, steps, "resnet18")
+        if chosen.smoke:
+            size = Size(4, 2, 1, "small_cnn", smoke=True)
+        result = measure(size, chosen.device, chosen.only, say, keep)
     except ValueError as error:
         parser.error(str(error))
     print(table(result))
-    if chosen.json is not None:
-        write_text(chosen.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

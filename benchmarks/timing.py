@@ -109,6 +109,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def shown(found: Mapping[str, float], form: str) -> str:
+    """A spread as ``median [min, max]``, each in ``form``."""
+    middle, low, high = (format(found[key], form) for key in ("median", "min", "max"))
+    return f"{middle} [{low}, {high}]"
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were taken on; figures of two machines do not compare.
 
@@ -151,7 +157,10 @@ class Bystanders:
             return None
         user, nice, system, _, _, irq, softirq = map(int, table.read_text().split()[1:8])
         busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return time.monotonic(), busy, time.process_time()
+        times = os.times()
+        # Processes of ours are no bystanders, once they have ended.
+        ours = times.user + times.system + times.children_user + times.children_system
+        return time.monotonic(), busy, ours
 
 
 def machine_lines(facts: Mapping[str, Any]) -> list[str]:

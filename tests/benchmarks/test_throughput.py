@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.material import CLASSES, DDPM_CIFAR10_UNET, LAYER, TINY_UNET, make_material
 from benchmarks.published_step import AVERAGE_WEIGHT, PublishedStep
-from benchmarks.throughput import DIGITS, SETTINGS, Size, experiment, main, measure
-from benchmarks.timing import Bystanders, Line, Timing, interleave, ratios, spread
+from benchmarks.settings import SETTINGS, Setting, Size, experiment, flops_per_decision
+from benchmarks.steps import PUBLISHED, SMOKE, Way, best_batch, build
+from benchmarks.steps import ratios as step_ratios
+from benchmarks.throughput import main, measure
+from benchmarks.timing import Bystanders, Line, Timing, interleave, ratios, shown, spread
 from repfusion_env.config_loading import load_config, to_dict
 
 CPU = torch.device("cpu")
@@ -33,6 +37,10 @@ def published(folder: Path, **changes: Any) -> PublishedStep:
         device=CPU,
         **changes,
     )
+
+
+def named(name: str) -> Setting:
+    return next(setting for setting in SETTINGS if setting.name == name)
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +132,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     fast, slow = Timing((1.0, 2.0, 1.0)), Timing((3.0, 6.0, 4.0))
     assert ratios(fast, slow) == [3.0, 3.0, 4.0]
     assert spread(ratios(fast, slow)) == {"median": 3.0, "min": 3.0, "max": 4.0}
+    assert shown(spread(ratios(fast, slow)), ".1f") == "3.0 [3.0, 4.0]"
 
 
 def test_published_step_reads_the_whole_networks_feature(tmp_path: Path) -> None:
@@ -171,46 +180,143 @@ def test_step_without_policy_trains_no_policy(tmp_path: Path) -> None:
 def test_our_side_does_the_published_work(tmp_path: Path) -> None:
     material = make_material(tmp_path, TINY_UNET, images=16)
     size = Size(4, 1, 1, "small_cnn", smoke=True)
-    config = experiment(SETTINGS[0], material, size, "cpu")
+    config = experiment(named("published work, fp32"), material, size, "cpu")
     assert (config.reward.kind, config.teacher.input) == ("teacher_probe", "clean")
     assert config.timesteps.grid() == tuple(range(1000))
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("sgd", 0.1)
     assert config.student.ema == 1 - AVERAGE_WEIGHT
-    default = experiment(SETTINGS[2], material, size, "cpu")
+    default = experiment(named("default reward, fp32"), material, size, "cpu")
     shipped = to_dict(load_config("digits"))
     assert default.reward.kind == shipped["reward"]["kind"]
     assert default.teacher.input == shipped["teacher"]["input"]
 
 
-def test_smoke_run_prints_a_table_and_writes_its_samples(
+def test_settings_say_in_their_names_what_they_are(tmp_path: Path) -> None:
+    material = make_material(tmp_path, TINY_UNET, images=16)
+    size = Size(4, 1, 1, "small_cnn")
+    assert len({setting.name for setting in SETTINGS}) == len(SETTINGS)
+    for setting in SETTINGS:
+        config, name = experiment(setting, material, size, "cpu"), setting.name
+        fast = "fp32" if "fp32" in name else "bf16"
+        assert config.teacher.precision == config.student.precision == fast
+        assert config.teacher.channels_last == config.student.channels_last == (fast == "bf16")
+        assert (config.speed.compile == "on") == ("compiled" in name)
+        stores = {"cache in memory": "memory", "cache on disk": "disk"}
+        store = next((store for text, store in stores.items() if text in name), "off")
+        assert config.cache.store == store
+        assert (config.env.group_size == 4) == ("groups of 4" in name)
+        assert (config.reward.student == "training") == ("training forward" in name)
+
+
+def test_smoke_run_prints_tables_and_writes_its_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "throughput.json"
-    assert main(["--smoke", "--device", "cpu", "--json", str(out)]) == 0
+    arguments = [
+        "--smoke",
+        "--device",
+        "cpu",
+        "--only",
+        "steps,device,fidelity",
+        "--json",
+        str(out),
+    ]
+    assert main(arguments) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert len(result["lines"]) == 2 + 3 * (len(SETTINGS) + 1)
-    lanes, rounds = result["size"]["lanes"], result["size"]["rounds"]
-    printed = capsys.readouterr().out
-    for name, record in result["lines"].items():
-        assert len(record["seconds_per_step"]) == rounds
+    steps, printed = result["parts"]["steps"], capsys.readouterr().out
+    assert set(steps["lines"]) == {*PUBLISHED, *(setting.name for setting in SMOKE)}
+    for name, record in steps["lines"].items():
+        samples, lanes = record["seconds_per_step"], record["lanes"]
+        assert len(samples) == steps["size"]["rounds"] == 2
         speed = record["decisions_per_second"]
-        assert speed["min"] == pytest.approx(lanes / max(record["seconds_per_step"]))
+        assert speed["min"] == pytest.approx(lanes / max(samples))
         assert f"| {name} | {speed['median']:.1f} [" in printed
-    for setting in (*(setting.name for setting in SETTINGS), DIGITS):
-        env, bare = (
-            result["lines"][f"{kind}, {setting}"]["seconds_per_step"]
-            for kind in ("environment", "trainer")
-        )
-        found = result["ratios"][setting]["environment / trainer"]
-        assert found["max"] == pytest.approx(max(b / e for e, b in zip(env, bare, strict=True)))
+    published = steps["lines"]["published step"]["seconds_per_step"]
+    ours = steps["lines"]["published work, fp32"]["seconds_per_step"]
+    found = steps["ratios"]["published work, fp32"]["published step"]
+    assert found["max"] == pytest.approx(max(b / a for a, b in zip(ours, published, strict=True)))
+    (bar, warm, *_) = result["bars"]
+    assert bar["value"] == found["median"] and bar["met"] == (found["median"] >= 6)
+    assert "cache" in warm["from"]
+    peak = result["parts"]["device"]["peak_flops_per_second"]["bf16"]["median"]
+    line = steps["lines"]["published work, fp32"]
+    share = line["flops_per_decision"] * line["decisions_per_second"]["median"] / peak
+    utilisation = result["parts"]["device"]["utilisation"]
+    assert utilisation["published work, fp32"] == pytest.approx(share)
+    assert f"| published work, fp32 | {share:.1%} |" in printed
+    assert "| both bf16, channels-last (fast) | " in printed
     assert "figures mean nothing" in printed
+
+
+def test_a_warm_cache_has_all_that_is_asked_for(tmp_path: Path) -> None:
+    material = make_material(tmp_path, TINY_UNET, images=16)
+    size = Size(4, 2, 1, "small_cnn", smoke=True)
+    setting = named("published work, cache in memory, fast")
+    way = build(setting, material, size, "cpu", tmp_path)
+    for step in range(3):
+        way.line.step(step)
+    assert way.env is not None
+    assert way.env.drain_metrics()["cache/hit_rate"] == 1.0
+
+
+def test_batches_of_different_size_are_compared_by_their_decisions() -> None:
+    def way(name: str, lanes: int) -> Way:
+        return Way(Line(name, lambda step: None), lanes)
+
+    timings = {"ours": Timing((2.0, 4.0)), "published": Timing((1.0, 1.0))}
+    # 40 decisions in 2 s and in 4 s, against 10 in 1 s.
+    assert step_ratios(way("ours", 40), way("published", 10), timings) == [2.0, 1.0]
+
+
+def test_the_best_batch_is_the_fastest_that_fits(clock: list[float]) -> None:
+    seconds = {1: 1.0, 2: 1.0, 4: 3.0}  # 1, 2 and 1.33 decisions/s
+    tried = []
+
+    def step_of(lanes: int) -> Any:
+        tried.append(lanes)
+        if lanes > 4:
+            raise torch.cuda.OutOfMemoryError
+
+        def step(_: int) -> None:
+            clock[0] += seconds[lanes]
+
+        return step
+
+    assert best_batch(step_of, CPU, lambda text: None, sizes=(1, 2, 4, 8, 16)) == 2
+    assert tried == [1, 2, 4, 8]
+    with pytest.raises(ValueError, match="not even the batch 8 fits"):
+        best_batch(step_of, CPU, lambda text: None, sizes=(8,))
+
+
+def test_operations_are_counted_where_no_gradient_is_wanted_too(tmp_path: Path) -> None:
+    # The trainer reads its teacher in inference mode, which the counter must see through.
+    convolution = torch.nn.Conv2d(3, 8, kernel_size=3, padding=1)
+    linear = torch.nn.Linear(8, 5)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        linear(convolution(torch.zeros(2, 3, 6, 6)).mean((2, 3)))
+    assert counter.get_total_flops() == 2 * (2 * 6 * 6 * 8 * 3 * 9) + 2 * (2 * 8 * 5)
+
+
+def test_more_teacher_is_more_operations(tmp_path: Path) -> None:
+    counts = []
+    for width in (8, 16):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        unet = {**TINY_UNET, "block_out_channels": (width, 2 * width)}
+        material = make_material(folder, unet, images=16)
+        size = Size(4, 1, 1, "small_cnn", smoke=True)
+        counts.append(flops_per_decision(named("published work, fp32"), material, size, "cpu"))
+    with torch.device("meta"):
+        convolution = torch.empty(16, 16, 3, 3)
+    # At the very least one 3x3 convolution of the full image between the wider maps.
+    assert counts[1] - counts[0] > 2 * 32 * 32 * convolution.numel() * 3 / 4
 
 
 def test_measuring_leaves_the_callers_random_numbers(tmp_path: Path) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    measure(Size(2, 1, 1, "small_cnn", smoke=True), "cpu", quiet=True)
+    measure(Size(4, 1, 1, "small_cnn", smoke=True), "cpu", ["steps"])
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -226,3 +332,24 @@ def test_impossible_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--rounds", "0"])
     assert "--rounds: 0 given; it must be 1 or more" in capsys.readouterr().err
+
+
+def test_unknown_part_is_refused_with_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "steps,cost"])
+    said = capsys.readouterr().err
+    assert "'cost' given. Did you mean 'costs'? Allowed: steps, costs, device" in said
+
+
+def test_parts_that_are_done_are_kept_when_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("benchmarks.costs.measure", fail)
+    kept: list[dict[str, Any]] = []
+    size = Size(4, 1, 1, "small_cnn", smoke=True)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        measure(size, "cpu", ["device", "costs"], keep=kept.append)
+    assert [list(result["parts"]) for result in kept] == [["device"]]
