@@ -47,6 +47,7 @@ from agents.comparison.plan import Plan, extended, held, load_plan, save_plan
 from agents.sb3_algorithms import conflicts as sb3_conflicts
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.config_loading import ConfigError, parse_yaml
+from repfusion_env.ranks import refuse_several
 from repfusion_env.registry import did_you_mean
 from repfusion_env.stage2.labels import label_count
 from repfusion_env.stage2.settings import ANNOTATIONS, FinetuneConfig, check_targets, with_head
@@ -315,7 +316,10 @@ def _run(plan: Plan, places: Places) -> int:
         if current is not None:  # another one may have ended since the command line was read
             plan = extended(current, plan)
         save_plan(plan)
-        code = _follow(plan, places)
+        try:
+            code = _follow(plan, places)
+        except KeyboardInterrupt:  # the second one, which waits for no report either
+            return _stopped(plan, places)
         _report(plan)
     return code
 
@@ -331,14 +335,19 @@ def _follow(plan: Plan, places: Places) -> int:
         return 0
     states = follow(plan, jobs, places)
     if STOPPED in states or len(states) < len(jobs):
-        again = f"python -m agents.compare --out {shlex.quote(str(plan.folder))}"
-        if places.engine != PROCESSES:
-            again += f" --engine {places.engine}"
-        if places.address is not None:
-            again += f" --address {shlex.quote(places.address)}"
-        print(f"stopped; finished runs stand; go on with: {again}", file=sys.stderr)
-        return INTERRUPTED
+        return _stopped(plan, places)
     return FAILED if plan.failures() else 0
+
+
+def _stopped(plan: Plan, places: Places) -> int:
+    """Say how to go on; returns the exit code."""
+    again = f"python -m agents.compare --out {shlex.quote(str(plan.folder))}"
+    if places.engine != PROCESSES:
+        again += f" --engine {places.engine}"
+    if places.address is not None:
+        again += f" --address {shlex.quote(places.address)}"
+    print(f"stopped; finished runs stand; go on with: {again}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _report(plan: Plan) -> None:
@@ -354,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         chosen, others = _parser().parse_known_args(argv)
+        refuse_several(PROG)
         if importlib.util.find_spec("rliable") is None:
             raise ConfigError(
                 ["compare needs rliable; install it by pip install 'repfusion-env[compare]'"]

@@ -54,6 +54,10 @@ class ControlSession(BaseSession):
         if restored is not None:
             built.load_state_dict(restored[1]["trainer"])
 
+    def close(self) -> None:
+        """See :class:`BaseSession`: images of steps that will not come."""
+        self.trainer.parts.train.close()
+
     def log(self, step: int, progress: Progress) -> None:
         """Read the device's metrics and write one row."""
         metrics = self.trainer.drain_metrics() | self.speed(step)

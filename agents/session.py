@@ -5,13 +5,14 @@ Every agent trains inside a session, so that all of them leave the same things b
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ class BaseSession:
         self._started = time.monotonic()
         self._logged_at = (self._started, restored[0] if restored else 0)
         run.rewind(restored[0] if restored else 0)
+
+    def close(self) -> None:
+        """Leave nothing undone that the end of the process would wait for."""
 
     @property
     def seconds(self) -> float:
@@ -160,6 +164,10 @@ class Session(BaseSession):
         self.env = built
         self.ranks = built.ranks
 
+    def close(self) -> None:
+        """See :class:`BaseSession`: images of steps that will not come."""
+        self.env.trainer.parts.train.close()
+
     def log(self, step: int, progress: Progress, extra: dict[str, float]) -> None:
         """Read the device's metrics and write one row under the tags all agents share."""
         metrics = self.env.drain_metrics() | extra
@@ -229,19 +237,24 @@ def run_session(
     else:
         session = _open(command, agent, kind)
     if session is None:
+        ranks.close()
         return 0
-    with session.run as run:
+    with session.run as run, closing(session):
         resume = f"--resume {shlex.quote(str(run.folder))}"
         go_on = f"go on with: {_command(run.agent, ranks)} {resume}"
         try:
             train(session)
         except Interrupted:
+            ranks.close()
             say(go_on)
             return INTERRUPTED
         except KeyboardInterrupt:
             say(f"stopped at once; the last checkpoint stands; {go_on}")
             return INTERRUPTED
         except (NonFiniteError, CheckpointError, RunError, OtherRankError, StreamError) as error:
+            if isinstance(error, StreamError) and ranks.local_index:
+                # The others read other images; all that they see is that this rank ends.
+                print(f"rank {ranks.index}: error: {error}", file=sys.stderr, flush=True)
             say(f"error: {error}\n{go_on}")
             return FAILED
         ranks.close()
@@ -336,5 +349,9 @@ def _last_checkpoint(run: Run) -> tuple[int, dict[str, Any]] | None:
 
 
 def _command(agent: str, ranks: Ranks = ALONE) -> str:
-    launcher = f"torchrun --nproc_per_node {ranks.count}" if ranks.several else "python"
+    launcher = "python"
+    if ranks.several:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
+        machines = f" --nnodes {ranks.count // here} ..." if here < ranks.count else ""
+        launcher = f"torchrun{machines} --nproc_per_node {here}"
     return f"{launcher} -m agents.{script_of(agent)}"

@@ -51,7 +51,7 @@ PEAKS = (
 STEPS = 5000
 SAMPLES = 50
 FLAT = ("on line", "on line, fast, compiled", "cache in memory", "cache on disk", "streamed images")
-GROWTH = "growth of the largest value from the second fifth of the steps to the last"
+GROWTH = "of the largest value from the second fifth of the steps to the last"
 
 
 def host_bytes(peak: bool = False) -> int:

@@ -248,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = machine(torch.device("cpu"))
     print("\n".join([*machine_lines(facts), "", table(result)]))
     if chosen.json is not None:
-        write_text(chosen.json, json.dumps({"machine": facts} | result, indent=1) + "\n")
+        kept = {"machine": facts, "smoke": size.smoke} | result
+        write_text(chosen.json, json.dumps(kept, indent=1) + "\n")
     return 0
 
 

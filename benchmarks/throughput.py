@@ -1,6 +1,6 @@
 """Everything that the bars of speed need, measured in one run.
 
-    python -m benchmarks.throughput --json FILE              # all parts; most of an hour
+    python -m benchmarks.throughput --json FILE              # all parts; half an hour
     python -m benchmarks.throughput --only steps,costs       # some of them
     python -m benchmarks.throughput --smoke                  # does it run? the figures mean nothing
 
@@ -73,7 +73,7 @@ of one step, shares are parts of 1::
         },
         "ranks": {...}, "streaming": {...}         # see these modules
       },
-      "bars": [{"name", "needs", "value", "from", "met"}]   # value and met null: not measured
+      "bars": [{"name", "needs", "limit", "value", "from", "met", "shown"}]   # null: not measured
     }
 """
 

@@ -5,7 +5,7 @@ Shape letters: N lanes of this rank, B samples of an update, G lanes per image.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ from repfusion_env.compiling import CompiledBackbone
 from repfusion_env.config import ExperimentConfig
 from repfusion_env.groups import one_look
 from repfusion_env.student import inference_maps
+from repfusion_env.teachers.reading.network import NetworkTeacher
 
 if TYPE_CHECKING:
     from repfusion_env.trainer import DistillationTrainer
@@ -34,12 +35,11 @@ def compile_step(trainer: DistillationTrainer) -> None:
     speed, cuda = config.speed, trainer.device.type == "cuda"
     wanted = speed.compile == "on" or (speed.compile == "auto" and _pays(trainer))
     graphs = speed.cuda_graphs and cuda
-    # A teacher of another making has no such method, and runs as it is.
-    compile_teacher: Any = getattr(teacher, "compile", None)
-    if compile_teacher is not None:
+    # One of another making runs as it is, whatever its own method ``compile`` does.
+    if isinstance(teacher, NetworkTeacher):
         lanes = config.env.num_envs // trainer.ranks.count
         size = min(lanes, config.teacher.batch_size or lanes)
-        compile_teacher((size,) if wanted else (), cuda_graphs=graphs)
+        teacher.compile((size,) if wanted else (), cuda_graphs=graphs)
     if wanted:
         trainer.student.compiled = CompiledBackbone(
             trainer.student.backbone, student_sizes(trainer), cuda_graphs=graphs
@@ -76,7 +76,8 @@ def decision_flops(trainer: DistillationTrainer) -> float:
         teacher.features(teacher.encode(image), timestep)
     with FlopCounterMode(display=False) as of_student, torch.no_grad():
         inference_maps(trainer.student, image)
-    looks = _slots(config)
+    # Out of a cache the teacher computes each feature once, which a long run hardly feels.
+    looks = _slots(config) if config.cache.store == "off" else 0
     # The backward takes twice the forward.
     passes = 3 * config.optimizer.updates + (config.reward.student == "updated")
     return looks * of_teacher.get_total_flops() + passes * of_student.get_total_flops()

@@ -93,9 +93,9 @@ class CompiledRegions:
         self.sizes: frozenset[int] = frozenset()
         self.cuda_graphs = cuda_graphs
         self.used = False
-        found = list(regions(network, frozenset(taps)))
-        self.paths = tuple(path for path, _ in found)
-        self._modules = [module for _, module in found]
+        # A module in several places has one forward.
+        found = {module: path for path, module in regions(network, frozenset(taps))}
+        self.paths, self._modules = tuple(found.values()), list(found)
         for module in self._modules:
             # On the module itself, not a module around it, which would change all names.
             module.forward = _Region(  # type: ignore[assignment]
@@ -139,9 +139,11 @@ def regions(network: nn.Module, taps: frozenset[str]) -> Iterator[tuple[str, nn.
 
     A module without parts of its own is one operation, in which there is nothing to fuse.
     """
+    # Not by their paths: a module may stand in several places.
+    tapped = {network.get_submodule(tap) for tap in taps}
 
     def below(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        held = not path or any(tap == path or tap.startswith(f"{path}.") for tap in taps)
+        held = not path or not tapped.isdisjoint(module.modules())
         # Lists of modules are never called themselves.
         if held or type(module).forward is nn.Module.forward:
             for name, child in module.named_children():

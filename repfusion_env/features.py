@@ -5,7 +5,7 @@ Shape letters: N images, C,H,W image, F feature width, h,w feature positions, K 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -76,9 +76,10 @@ class TeacherFeatures:
         self._setup: FeatureCaches | None = None
         self._embedding: FeatureCaches | None = None
         points = tuple(dict.fromkeys((*grid.timesteps, *config.fusion.timesteps)))
+        reachable = reachable_timesteps(config, grid, teacher.num_timesteps)
         if config.cache.store != "off":
             self._look_at_one(bank)
-            self._setup = statistics_caches(config, teacher, points, self.shapes, bank)
+            self._setup = statistics_caches(config, teacher, points, reachable, self.shapes, bank)
             self._embedding = embedding_caches(config, teacher, self.shapes, bank)
         measured = self._measure(
             torch.tensor(points, device=grid.tensor.device), bank, config.teacher.standardize_images
@@ -92,7 +93,6 @@ class TeacherFeatures:
         self._statistics = measured
         self.caches: FeatureCaches | None = None
         if config.cache.store != "off":
-            reachable = reachable_timesteps(config, grid, teacher.num_timesteps)
             self.caches = FeatureCaches(config, teacher, reachable, self.shapes, bank)
 
     @property
@@ -199,7 +199,7 @@ class TeacherFeatures:
         """
         if self.caches is not None:
             shown = None if images is None else spread(images, group)
-            found = self._kept(self.caches, bank, ids, timesteps, noise_seed, shown)
+            found = self.reader(self.caches, bank, ids, noise_seed, shown)(timesteps)
             for raw, at in zip(found, timesteps.unbind(1), strict=True):
                 yield self._standardized(raw, at)
             return
@@ -208,26 +208,47 @@ class TeacherFeatures:
         for at in timesteps.unbind(1):
             yield self.at(clean, ids, at, visits, noise_seed)
 
-    def _kept(
+    def reader(
         self,
         caches: FeatureCaches,
         bank: ImageBank,
         ids: Tensor,
-        timesteps: Tensor,
         noise_seed: int,
-        images: Tensor | None,
-    ) -> list[list[Tensor]]:
+        images: Tensor | None = None,
+    ) -> Callable[[Tensor], list[list[Tensor]]]:
+        """Looks up N images out of a cache, at (N, T) timesteps a call; each is encoded once.
+
+        Args:
+            caches: Where their features are kept.
+            bank: Where ``ids`` point.
+            ids: ``(N,)`` image ids.
+            noise_seed: Seed of the noise.
+            images: ``(N, C, H, W)`` in [-1, 1], the images, of which some may be mirrored; None: as
+                they are in the bank.
+
+        Returns:
+            What gives T times the layers' features, not standardised.
+        """
         mirrored = None
         if images is not None:
             mirrored = (images != bank.pixels(ids)).flatten(1).any(1)
+        encoded: list[Tensor] = []  # of all images, and which of them it holds yet
+
+        def clean(lanes: Tensor) -> Tensor:
+            if encoded and bool(encoded[1][lanes].all()):
+                return encoded[0][lanes]
+            found = self.teacher.encode((bank.pixels(ids) if images is None else images)[lanes])
+            if not encoded:
+                encoded.append(found.new_empty(len(ids), *found.shape[1:]))
+                encoded.append(torch.zeros_like(ids, dtype=torch.bool))
+            encoded[0][lanes], encoded[1][lanes] = found, True
+            return found
 
         def compute(lanes: Tensor, at: Tensor) -> Tensor:
-            shown = (bank.pixels(ids) if images is None else images)[lanes]
-            visits = torch.zeros_like(lanes)
-            raw = self._raw(self.teacher.encode(shown), ids[lanes], at, visits, noise_seed)
+            raw = self._raw(clean(lanes), ids[lanes], at, torch.zeros_like(lanes), noise_seed)
             return torch.cat([feature.flatten(1) for feature in raw], dim=1)
 
-        return caches.read(bank, ids, timesteps, noise_seed, mirrored, compute)
+        return lambda timesteps: caches.read(bank, ids, timesteps, noise_seed, mirrored, compute)
 
     def _raw(
         self, clean: Tensor, ids: Tensor, timesteps: Tensor, visits: Tensor, noise_seed: int
@@ -290,7 +311,7 @@ class TeacherFeatures:
             if self._setup is None:
                 found = self(bank, some, at, visits, seed)
             else:
-                (found,) = self._kept(self._setup, bank, some, at[:, None], seed, None)
+                (found,) = self.reader(self._setup, bank, some, seed)(at[:, None])
             for index, feature in enumerate(found):
                 values = feature.double().transpose(0, 1).flatten(1)  # (F, n)
                 count = torch.full_like(values[:, 0], values.shape[1])

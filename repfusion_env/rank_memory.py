@@ -13,6 +13,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -77,16 +78,15 @@ def mapped(ranks: Ranks, size: int) -> Tensor:
     """
     path = ranks.from_main(lambda: _reserved(size))
     found = None
-    if path is not None:
-        try:
-            with path.open("r+b") as file:
+    try:
+        if path is not None:
+            with suppress(OSError), path.open("r+b") as file:
                 found = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
-        except OSError:
-            pass
-    lost = ranks.any(found is None)
-    if ranks.main and path is not None:
-        # Nobody needs the name any more, and nothing is left of a rank that is killed.
-        path.unlink()
+        lost = ranks.any(found is None)
+    finally:
+        if ranks.main and path is not None:
+            # Nobody needs the name any more, and nothing is left of a rank that is killed.
+            path.unlink()
     if lost or found is None:
         raise OSError("no memory that ranks share")
     return found

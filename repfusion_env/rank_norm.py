@@ -92,13 +92,20 @@ def share_norms(network: nn.Module, ranks: Ranks) -> None:
         ranks: Nothing is done where there is only one.
 
     Raises:
-        ValueError: The network has a kind of batch norm that is not known.
+        ValueError: The network has a kind of batch norm that is not known, or one that uses a
+            batch's statistics in evaluation too.
     """
     if not ranks.several:
         return
     for name, module in list(network.named_modules()):
         if not isinstance(module, _BatchNorm) or isinstance(module, RankBatchNorm):
             continue
+        if module.running_mean is None:
+            raise ValueError(
+                f"the student's '{name}' keeps no running statistics, so that rank 0 could not "
+                f"evaluate while the other ranks wait; {ranks.count} ranks need "
+                "track_running_stats=True"
+            )
         known = type(module) in PLAIN or type(module).__module__.startswith("timm.")
         if not known or not name:
             raise ValueError(

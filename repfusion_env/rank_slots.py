@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from repfusion_env.rank_memory import mapped
-from repfusion_env.ranks import Ranks
+from repfusion_env.ranks import OtherRankError, Ranks
 
 SLOT = 1 << 16  # bytes of one rank's part
 LINE = 8  # int64 numbers between two counters, so that no two share a cache line
@@ -64,7 +64,7 @@ class SharedSlots:
         """Until all ranks are here.
 
         Raises:
-            RuntimeError: One of them has ended.
+            OtherRankError: One of them has ended.
         """
         self._number += 1
         # Whoever has counted has written its slot, and read all of the one before.
@@ -82,8 +82,9 @@ class SharedSlots:
 
     def _look(self) -> None:
         for index, process_id in enumerate(self._process_ids):
-            if _gone(process_id):
-                raise RuntimeError(f"rank {index} has ended")
+            # One that was here, and ended after that, has left nobody waiting.
+            if _gone(process_id) and self._counts[index] < self._number:
+                raise OtherRankError(f"rank {index} has ended")
 
 
 def _gone(process_id: int) -> bool:

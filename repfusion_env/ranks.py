@@ -161,13 +161,16 @@ def launched(environment: dict[str, str] | None = None) -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    """Tell the user on stderr; of several processes rank 0 speaks for all."""
+    """Tell the user on stderr; of a machine's ranks the first one speaks for all.
+
+    Each machine has a console of its own, and what is wrong may be so on one of them alone.
+    """
     try:
         index, _ = launched()
     except ValueError:
         index = 0
-    if index == 0:
-        print(text, file=sys.stderr)
+    if index == 0 or os.environ.get("LOCAL_RANK") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def connect() -> Ranks:

@@ -59,8 +59,8 @@ class DistillationTrainer:
         parts: What stays as it is: banks, teacher, grid, feature statistics.
         ranks: Processes that train one student together, each with its share of the lanes.
 
-    A step makes no host synchronisation; :meth:`drain_metrics` and, every few steps on CUDA, the
-    watch for non-finite losses do.
+    A step makes no host synchronisation; :meth:`drain_metrics`, every few steps on CUDA the watch
+    for non-finite losses, and a feature cache that is not full yet do.
     """
 
     def __init__(self, config: ExperimentConfig, parts: FrozenParts, ranks: Ranks = ALONE) -> None:

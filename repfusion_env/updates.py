@@ -177,9 +177,22 @@ class Updates(Generic[N]):
             self.average.load_state_dict(state["average"])
         # The optimizer would keep the given moments themselves, shared with whoever gave them.
         self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        _lay_out(self.optimizer)
         self.bad_in_a_row, self.bad_steps = (value.to(self._device) for value in state["bad"])
         if self.scaler.is_enabled() and state.get("scaler"):  # other precisions have none
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Bring moments, which may come from another memory layout, into that of their parameters.
+
+    Fused optimizers walk through memory, not through indices.
+    """
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            same = isinstance(value, Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _parameters(networks: Iterable[nn.Module]) -> list[nn.Parameter]:

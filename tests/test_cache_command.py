@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from repfusion_env import cache
-from repfusion_env.config_loading import merge
+from repfusion_env.config_loading import load_config, merge
 from repfusion_env.data.bank import ImageBank
 from repfusion_env.envs import RepFusionVectorEnv
+from repfusion_env.feature_cache.filling import fill
+from repfusion_env.features import TeacherFeatures
 from repfusion_env.teachers.reading.network import NetworkTeacher
 
 IMAGES, HELD_OUT, TIMES = 20, 8, (0, 200, 400)
@@ -46,7 +48,15 @@ def _folder(keys: dict[str, Any], out: str) -> Path:
 
 
 def test_a_run_finds_what_the_command_has_computed(keys, capsys, monkeypatch):
-    assert cache.main(_words(keys)) == 0
+    encoded: list[int] = []
+    encode = NetworkTeacher.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            NetworkTeacher, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x)
+        )
+        assert cache.main(_words(keys)) == 0
+    # One that told the shapes, the statistics, and each image for the agent and for all timesteps.
+    assert sum(encoded) == 1 + 3 * 4 + 2 * (IMAGES + HELD_OUT)
     out = capsys.readouterr().out
     assert f"{3 * IMAGES} features, {3 * IMAGES} computed, 0 were there" in out
     assert f"{3 * HELD_OUT} features, {3 * HELD_OUT} computed, 0 were there" in out
@@ -87,6 +97,13 @@ def test_the_same_command_goes_on_where_it_was_stopped(keys, capsys, monkeypatch
     assert cache.main(_words(keys)) == 0
     out = capsys.readouterr().out
     assert f"{3 * IMAGES} features, {3 * IMAGES - done} computed, {done} were there" in out
+
+
+def test_a_stop_is_heard_before_the_first_feature_too(keys, monkeypatch):
+    looks: list[Any] = []
+    monkeypatch.setattr(TeacherFeatures, "embedded", lambda *given: looks.append(given))
+    (found,) = fill(load_config("digits", keys), stopped=lambda: True)
+    assert not found.finished and found.features == 0 and not looks
 
 
 def test_only_what_is_named_is_computed_and_seeds_share_where_they_can(keys, capsys):

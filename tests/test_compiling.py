@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from repfusion_env import compile_choice, compiling, load_config
-from repfusion_env.compiling import CompiledForward, regions
+from repfusion_env.compiling import CompiledForward, CompiledRegions, regions
 from repfusion_env.frozen import build_frozen_parts
 from repfusion_env.trainer import DistillationTrainer
 
@@ -84,6 +85,16 @@ def test_regions_are_the_largest_parts_without_a_tap(tiny, taps):
         assert parent not in found
         assert list(module.children())
     assert "" not in found
+
+
+def test_a_module_in_several_places_is_compiled_once_and_nowhere_where_it_is_tapped(backend):
+    part = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    both = nn.Sequential(nn.Sequential(part, nn.ReLU()), nn.Sequential(part, nn.ReLU()))
+    compiled = CompiledRegions(both, ("0.1", "1.1"), cuda_graphs=False)
+    assert len(compiled.paths) == 1 and "forward" in vars(part)
+    compiled.remove()
+    assert all("forward" not in vars(module) for module in both.modules())
+    assert not dict(regions(both, frozenset({"0.0"}))).keys() & {"0", "1", "0.0", "1.0"}
 
 
 def test_a_compiled_step_is_the_plain_one_at_its_own_size_alone(tiny, learned, backend):
@@ -184,6 +195,18 @@ def test_trainers_on_one_teacher_compile_it_for_themselves(tiny, backend):
     assert backend.runs
 
 
+def test_a_teacher_of_another_making_may_be_a_module_with_a_method_of_that_name(tiny, backend):
+    class Other(nn.Module):
+        """Every module has a ``compile`` of torch's own."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(parts.teacher, name)
+
+    parts = build_frozen_parts(load_config(tiny))
+    trainer = _trainer(tiny, parts=replace(parts, teacher=Other()), **ON)
+    assert trainer.student.compiled is not None and parts.teacher.compiled is None
+
+
 def test_groups_and_earlier_decisions_decide_the_sizes(tiny, backend):
     grouped = {"env": {"num_envs": 8, "group_size": 2}, "optimizer.batch_size": 8}
     assert compile_choice.student_sizes(_trainer(tiny, **grouped)) == {4}
@@ -254,6 +277,8 @@ def test_operations_of_a_decision_are_those_of_its_forwards(tiny):
     again = counted(_trainer(tiny, **{"optimizer.updates": 2, "reward.student": "training"}))
     assert teacher > 0 < student
     assert again == pytest.approx(teacher + 6 * student)
+    cached = counted(_trainer(tiny, **{"cache": "memory", "teacher.input": "clean"}))
+    assert cached == pytest.approx(4 * student)
 
 
 @pytest.mark.slow

@@ -10,12 +10,13 @@ import torch
 from rank_processes import together
 from torch import Tensor, nn
 
-from repfusion_env import rank_memory
+from repfusion_env import rank_memory, rank_slots
 from repfusion_env.config_loading import load_config
 from repfusion_env.rank_group import RankGroup
 from repfusion_env.rank_norm import RankBatchNorm, share_norms
 from repfusion_env.rank_rules import conflicts, device_conflicts
-from repfusion_env.ranks import ALONE, OtherRankError, Ranks, launched, refuse_several
+from repfusion_env.rank_slots import SharedSlots
+from repfusion_env.ranks import ALONE, OtherRankError, Ranks, launched, refuse_several, say
 from repfusion_env.vector_env import RepFusionVectorEnv
 
 LAYERS = ["down_blocks.0.resnets.0", "mid_block.resnets.1.conv2"]
@@ -82,11 +83,41 @@ def test_a_rank_that_has_ended_is_noticed():
             pytest.skip("no memory that ranks share")
         if ranks.index == 1:
             return "ended"
-        with pytest.raises(RuntimeError, match="rank 1 has ended") as raised:
+        with pytest.raises(OtherRankError, match="rank 1 has ended") as raised:
             ranks._slots.meet()
         return str(raised.value)
 
     assert together(work, 2) == ["rank 1 has ended", "ended"]
+
+
+def test_a_rank_that_ended_after_all_had_met_is_not_missed(monkeypatch: pytest.MonkeyPatch):
+    class Two(Ranks):
+        count = 2
+
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    slots = SharedSlots(Two(), [0, 0])
+    monkeypatch.setattr(rank_slots, "_gone", lambda _: True)
+    slots._number = 1
+    slots._counts[:] = [1, 0]
+    with pytest.raises(OtherRankError, match="rank 1 has ended"):
+        slots._look()
+    slots._counts[1] = 1
+    slots._look()
+
+
+def test_no_shared_memory_is_left_where_a_rank_dies_before_it_has_mapped_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    class Dying(Ranks):
+        def any(self, flag: bool) -> bool:
+            raise OtherRankError("rank 1 has ended")
+
+    monkeypatch.setattr(rank_memory, "FOLDER", tmp_path)
+    with pytest.raises(OtherRankError):
+        rank_memory.mapped(Dying(), 4096)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_through_an_exchange_are_those_of_one_process():
@@ -240,6 +271,9 @@ def test_an_unknown_batch_norm_is_refused():
         ValueError, match=r"student's '0' is a Own, .* over 2 ranks; allowed: Batch"
     ):
         share_norms(nn.Sequential(Own(3)), rank(0, 2))
+    # In evaluation rank 0, alone, would wait for the statistics of the others.
+    with pytest.raises(ValueError, match=r"'0' keeps no running statistics, .* 2 ranks need track"):
+        share_norms(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), rank(0, 2))
 
 
 TRAJECTORIES: dict[str, dict[str, Any]] = {
@@ -394,6 +428,18 @@ def test_a_launcher_is_known_by_all_its_variables():
     assert launched({"RANK": "1", "WORLD_SIZE": "4"}) == (0, 1)
     with pytest.raises(ValueError, match="RANK 'one' and WORLD_SIZE '4' stand in the environment"):
         launched({**torchrun, "RANK": "one"})
+
+
+def test_the_first_rank_of_each_machine_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in {"WORLD_SIZE": "4", "MASTER_ADDR": "host"}.items():
+        monkeypatch.setenv(name, value)
+    for index in range(4):  # two on each of two machines
+        monkeypatch.setenv("RANK", str(index))
+        monkeypatch.setenv("LOCAL_RANK", str(index % 2))
+        say(f"rank {index}")
+    assert capsys.readouterr().err.split("\n") == ["rank 0", "rank 2", ""]
 
 
 def test_other_commands_say_that_they_run_in_one_process(monkeypatch: pytest.MonkeyPatch):

@@ -189,3 +189,14 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, no_waiting, settings):
     batch = _batch(1)
     with no_waiting():
         trainer.step(*batch)
+
+
+def test_moments_of_another_memory_layout_belong_to_the_same_weights(tiny, learned):
+    plain, other = _trainer(tiny), _trainer(tiny, **{"student.channels_last": True})
+    for step in range(3):
+        plain.step(*_batch(step))
+    other.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for trainer in (plain, other):
+        trainer.step(*_batch(3))
+    for mine, theirs in zip(learned(other), learned(plain), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)

@@ -38,8 +38,8 @@ def blocks(plan: Plan, measured: Measured) -> dict[str, str]:
     if measured.fits:
         found["fit"] = tables.fit_table(measured.fits)
         found["gpu"] = tables.gpu_table(measured.fits, plan.hardware)
-    if measured.ring is not None:
-        found["ring"] = tables.ring_table(measured.ring)
+    if measured.ring is not None and measured.shared is not None:
+        found["ring"] = tables.ring_table(measured.ring, measured.shared)
     if measured.ranks:
         found["ranks"] = tables.ranks_table(measured.ranks)
     return found

@@ -2,8 +2,9 @@
 
     python -m benchmarks.scaling.collectives --json FILE
 
-Gloo over the loopback; the processes share the machine's memory, so this says what its ranks cost,
-not what a network would.
+By gloo over the loopback, whose time is one of bytes and hops as a network's is; and as the ranks
+of a run do it here, through memory that they share (see ``docs/distributed.md``). Both say what
+ranks of this machine cost, not what a network would.
 
 Shape letters: W ranks.
 """
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,13 @@ import torch
 
 from benchmarks.timing import Bystanders, machine, spread
 from repfusion_env.atomic import write_text
+from repfusion_env.ranks import connect
 
+WAYS = ("gloo", "ranks")
 RANKS = (2, 4)
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 26)  # bytes; ResNet-18's gradient is 2 ** 25.4
 ROUNDS = 9
+IN_A_ROW = 1 << 22  # bytes
 
 
 def measure(
@@ -40,42 +46,68 @@ def measure(
         rounds: Samples of each.
 
     Returns:
-        For each, ``ranks``, ``bytes`` and ``seconds``, a spread over the rounds.
+        For each, ``by`` (of :data:`WAYS`), ``ranks``, ``bytes`` and ``seconds``, a spread over the
+        rounds.
     """
     import torch.multiprocessing as processes
 
     found = []
     for count in ranks:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (count, folder, tuple(sizes), rounds)
+            arguments = (count, _free_port(), folder, tuple(sizes), rounds)
             processes.spawn(_rank, arguments, nprocs=count)  # type: ignore[no-untyped-call]
             samples = json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8"))
         found += [
-            {"ranks": count, "bytes": size, "seconds": spread(seconds)}
-            for size, seconds in zip(sizes, samples, strict=True)
+            {"by": way, "ranks": count, "bytes": size, "seconds": spread(seconds)}
+            for way in WAYS
+            for size, seconds in zip(sizes, samples[way], strict=True)
         ]
     return found
 
 
-def _rank(rank: int, count: int, folder: str, sizes: Sequence[int], rounds: int) -> None:
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _rank(rank: int, count: int, port: int, folder: str, sizes: Sequence[int], rounds: int) -> None:
     from torch import distributed
 
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+    # What torchrun says; the ranks are the CPU's on a machine with GPUs, too.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    ranks = connect()
+    ways: dict[str, Callable[[torch.Tensor], object]] = {
+        "gloo": distributed.all_reduce,
+        "ranks": lambda numbers: ranks.mean_([numbers]),
+    }
     values = [torch.zeros(size // 4) for size in sizes]
-    samples: list[list[float]] = [[] for _ in sizes]
-    # Sizes take turns; the first round pays for connections and memory.
+    samples: dict[str, list[list[float]]] = {way: [[] for _ in sizes] for way in WAYS}
+    # Ways and sizes take turns; the first round pays for connections and memory.
     for _ in range(rounds + 1):
-        for numbers, seconds in zip(values, samples, strict=True):
-            distributed.barrier()
-            started = time.perf_counter()
-            distributed.all_reduce(numbers)
-            seconds.append(time.perf_counter() - started)
+        for way in WAYS:
+            for numbers, seconds in zip(values, samples[way], strict=True):
+                # Ranks do not wake up at once: short exchanges are timed many in a row.
+                repeat = max(1, min(50, IN_A_ROW // numbers.nbytes))
+                ranks.wait()
+                started = time.perf_counter()
+                for _ in range(repeat):
+                    ways[way](numbers)
+                seconds.append((time.perf_counter() - started) / repeat)
     if rank == 0:
-        measured = [seconds[1:] for seconds in samples]
+        measured = {way: [seconds[1:] for seconds in samples[way]] for way in WAYS}
         write_text(Path(folder) / "samples.json", json.dumps(measured))
-    distributed.destroy_process_group()
+    ranks.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = measure()
     for result in results:
         seconds = result["seconds"]["median"]
-        print(f"{result['ranks']} ranks, {result['bytes']:>9} bytes: {1000 * seconds:.3f} ms")
+        print(
+            f"{result['by']}: {result['ranks']} ranks, {result['bytes']:>9} bytes: "
+            f"{1000 * seconds:.3f} ms"
+        )
     if chosen.json is not None:
         facts = machine(torch.device("cpu")) | {"threads": 1, "others": bystanders.share()}
         found = {"machine": facts, "collectives": results}

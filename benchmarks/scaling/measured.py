@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.scaling.checks import RanksCheck, RingFit, fit_ring, predicted_ratio
+from benchmarks.scaling.collectives import WAYS
 from benchmarks.scaling.fit import Fit, fit, forward_samples, step_samples
 from benchmarks.scaling.networks import ADM64, guided, latent_unet, student, teacher
 from benchmarks.scaling.work import Work
@@ -35,13 +36,15 @@ class Measured:
 
     Attributes:
         fits: Machine and rates, by kind of arithmetic.
-        ring: Of all-reduces; None without their file.
+        ring: Of all-reduces by gloo; None without their file.
+        shared: Of those that a run's ranks make on this machine; likewise.
         ranks: Processes against one; empty without.
         decoded: Images/s that one core decodes; None without.
     """
 
     fits: Fits = ()
     ring: RingFit | None = None
+    shared: RingFit | None = None
     ranks: tuple[RanksCheck, ...] = ()
     decoded: float | None = None
 
@@ -55,14 +58,18 @@ def read(paths: Sequence[Path]) -> Measured:
     files = [(path, _load(path)) for path in paths]
     found = Measured()
     for path, file in files:
+        if file.get("smoke"):
+            raise ValueError(f"'{path}' is of a smoke run, whose figures mean nothing")
         if "parts" in file:
-            if file.get("smoke"):
-                raise ValueError(f"'{path}' is of a smoke run, whose figures mean nothing")
             found = replace(found, fits=(*found.fits, *_steps(file)))
         elif "results" in file:
             found = replace(found, fits=(*found.fits, *_forwards(file)))
         elif "collectives" in file:
-            found = replace(found, ring=fit_ring(file["collectives"], file.get("machine")))
+            facts, all_reduces = file.get("machine"), file["collectives"]
+            ring, shared = (
+                fit_ring([one for one in all_reduces if one["by"] == way], facts) for way in WAYS
+            )
+            found = replace(found, ring=ring, shared=shared)
         elif "decoding" not in file and "gradient_error" not in file:
             raise ValueError(
                 f"'{path}' is none of the files that are read; these are what --json of "
@@ -72,7 +79,7 @@ def read(paths: Sequence[Path]) -> Measured:
         # By itself or as a part of the large measurement.
         parts = file.get("parts", file)
         ranks = parts.get("ranks", file if "gradient_error" in file else None)
-        if ranks is not None and found.ring is not None:
+        if ranks is not None and found.shared is not None:
             name = file.get("size", {}).get("student", "resnet18")
             found = replace(found, ranks=_ranks(ranks, name, found))
         streaming = parts.get("streaming", file if "decoding" in file else None)
@@ -136,7 +143,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _ranks(part: Mapping[str, Any], name: str, found: Measured) -> tuple[RanksCheck, ...]:
-    assert found.ring is not None
+    assert found.shared is not None
     net = student(name, side=32)
     # A core's, where it was told apart; else the optimizer's part is not.
     traffic = min((f.rates.traffic / facts["threads"] for facts, f in found.fits), default=math.inf)
@@ -145,7 +152,7 @@ def _ranks(part: Mapping[str, Any], name: str, found: Measured) -> tuple[RanksCh
             line,
             alone=of["one"]["median"],
             ranks=2,
-            predicted=predicted_ratio(median(of["seconds_one"]), 2, net, found.ring, traffic),
+            predicted=predicted_ratio(median(of["seconds_one"]), 2, net, found.shared, traffic),
             measured=of["speedup"]["median"],
         )
         for line, of in part.get("lines", {}).items()

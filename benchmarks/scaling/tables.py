@@ -254,20 +254,23 @@ def gpu_table(fits: Sequence[tuple[Mapping[str, Any], Fit]], hardware: Hardware)
     return "\n".join(rows)
 
 
-def ring_table(fit: RingFit) -> str:
-    """The ring model against all-reduces measured here."""
-    rows = [
-        *([] if fit.machine is None else [*machine_lines(fit.machine), ""]),
-        f"Fitted: {fit.bandwidth / 1e9:.2f} GB/s one way, {fit.hop * 1e6:.0f} µs a hop "
-        f"(error {fit.error:.0%} RMS).",
-        "",
-        "| processes | size | measured, ms | model, ms |",
-        "| --- " * 4 + "|",
+def ring_table(gloo: RingFit, shared: RingFit) -> str:
+    """The ring model against all-reduces measured here, by gloo and as ranks do them."""
+    rates = [
+        f"{fit.bandwidth / 1e9:.2f} GB/s one way and {fit.hop * 1e6:.1f} µs a hop (error "
+        f"{fit.error:.0%} RMS)"
+        for fit in (gloo, shared)
     ]
-    for ranks, size, measured, predicted in fit.rows:
-        rows.append(
-            f"| {ranks} | {size / 1024:,.0f} KiB | {1000 * measured:.2f} | {1000 * predicted:.2f} |"
-        )
+    rows = [
+        *([] if gloo.machine is None else [*machine_lines(gloo.machine), ""]),
+        f"Fitted: gloo {rates[0]}; shared memory {rates[1]}.",
+        "",
+        "| processes | size | gloo, ms | model, ms | shared memory, ms | model, ms |",
+        "| --- " * 6 + "|",
+    ]
+    for one, other in zip(gloo.rows, shared.rows, strict=True):
+        cells = [f"{1000 * seconds:.3f}" for seconds in (*one[2:], *other[2:])]
+        rows.append(f"| {one[0]} | {one[1] / 1024:,.0f} KiB | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

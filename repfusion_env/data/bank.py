@@ -204,6 +204,11 @@ class ImageBank:
             self.stage(piece, hosts[index], hosts[index + 1 : index + 1 + ahead])
             yield piece
 
+    def close(self) -> None:
+        """Decode no more of what was announced; the bank can be used all the same."""
+        if isinstance(self.images, StreamedImages):
+            self.images.close()
+
     def drain_metrics(self) -> dict[str, float]:
         """Under ``data.storage: stream`` the share of time spent waiting for images, by its tag."""
         return self.images.drain_metrics() if isinstance(self.images, StreamedImages) else {}

@@ -127,7 +127,8 @@ class Readable:
 
     def warn(self) -> None:
         """Say which images could not be read since the last call; only the first few one by one."""
-        found = list(self._bad.values())
+        with self._lock:
+            found = list(self._bad.values())
         for line in found[self._said : MOST_NAMED]:
             warnings.warn(
                 f"data set '{self.unreadable.name}': {line.removeprefix('data.path: ')}; the next "

@@ -161,6 +161,11 @@ class StreamedImages:
         host = np.repeat(host, repeats)
         self._shown.append(_Shown(ids, _version(ids), host, images))
 
+    def close(self) -> None:
+        """Decode no more of what was announced; a process ends when its threads have no work."""
+        while self._coming:
+            self._coming.popitem()[1].batch.cancel()
+
     def index_select(self, dim: int, ids: Tensor) -> Tensor:
         """The images ``ids``, uint8 (N, C, H, W) on the device; not to be changed in place."""
         for shown in reversed(self._shown):
@@ -225,8 +230,8 @@ class StreamedImages:
         for shown in reversed(self._shown):
             places = {int(id_): row for row, id_ in enumerate(shown.host)}
             if all(id_ in places for id_ in wanted):
-                rows = torch.tensor([places[id_] for id_ in wanted], device=self.device)
-                return shown.images.index_select(0, rows)
+                rows = torch.tensor([places[id_] for id_ in wanted], dtype=torch.int64)
+                return shown.images.index_select(0, rows.to(self.device))
         found = {id_: self._kept[id_] for id_ in wanted if id_ in self._kept}
         if self._copies is None:
             asked = set(wanted)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from repfusion_env.data.decode import MOST_THREADS, decoded_array, sentences
+from repfusion_env.data.decode import decoded_array, in_threads, sentences
+
+# Files whose sizes one task asks for.
+BLOCK = 1024
 
 
 class Source(Protocol):
@@ -94,12 +96,13 @@ class FileSource:
             try:
                 found = Path(path).stat()
             except OSError:
-                return f"{os.path.relpath(path, self.root)} missing"
-            return f"{os.path.relpath(path, self.root)} {found.st_size} {found.st_mtime_ns}"
+                return f"{os.path.relpath(path, self.root)} missing\n"
+            return f"{os.path.relpath(path, self.root)} {found.st_size} {found.st_mtime_ns}\n"
 
-        with ThreadPoolExecutor(MOST_THREADS) as pool:
-            for line in pool.map(about, self.paths, chunksize=256):
-                note(line.encode("utf-8", "surrogateescape") + b"\n")
+        # In blocks: what a pool notes of a task takes more memory than the name of a file.
+        blocks = [self.paths[start : start + BLOCK] for start in range(0, len(self), BLOCK)]
+        for lines in in_threads(lambda block: "".join(map(about, block)), blocks):
+            note(lines.encode("utf-8", "surrogateescape"))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Shape letters: n images of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,12 +85,11 @@ def fill(
     wanted = replace(config, cache=replace(config.cache, store="disk"))
     parts = build_frozen_parts(wanted)
     if config.observation.source == "teacher":
-        _embed(wanted, parts, splits)
+        _embed(wanted, parts, splits, stopped)
     reachable = reachable_timesteps(wanted, parts.grid, parts.teacher.num_timesteps)
     caches = FeatureCaches(
         wanted, parts.teacher, reachable, parts.features.shapes, parts.train, in_memory=False
     )
-    parts.features.caches = caches
     jobs = _jobs(wanted, parts, caches, timesteps, splits, seeds or (config.seed,))
     for job in jobs:
         _check_room(wanted, caches, job)
@@ -103,7 +103,12 @@ def fill(
     return found
 
 
-def _embed(config: ExperimentConfig, parts: FrozenParts, splits: Sequence[str]) -> None:
+def _embed(
+    config: ExperimentConfig,
+    parts: FrozenParts,
+    splits: Sequence[str],
+    stopped: Callable[[], bool],
+) -> None:
     """Look at every image as the agent will, so that runs find its embedding on disk."""
     size = config.teacher.batch_size or CHUNK
     banks = [parts.train if split == "train" else parts.heldout for split in splits]
@@ -113,6 +118,8 @@ def _embed(config: ExperimentConfig, parts: FrozenParts, splits: Sequence[str]) 
             bank.announced(ids.split(size)), len(bank), description="observations", unit="images"
         )
         for piece in pieces:
+            if stopped():
+                return
             parts.features.embedded(bank, piece, config.observation.timestep)
 
 
@@ -174,22 +181,14 @@ def _fill(
     counts = caches.training if bank is parts.train else caches.others
     asked, computed = counts.asked, counts.computed
     finished = True
-    for timestep, mirrored in job.parts:
-        for ids in bank.announced(torch.arange(len(bank), device=parts.device).split(size)):
-            if stopped():
-                finished = False
-                break
-            images = bank.pixels(ids).flip(-1) if mirrored else None
-            at = torch.full_like(ids, timestep)[:, None]
-            for _ in parts.features.each(
-                bank, ids, at, torch.zeros_like(ids), job.noise_seed, images
-            ):
-                pass
-            if disk.stopped:
-                raise ValueError(disk.stopped.replace("; the run goes on", "; filling ends"))
-            bar.update(done + counts.asked - asked)
-        if not finished:
+    for look in _looks(parts, caches, job, size):
+        if stopped():
+            finished = False
             break
+        look()
+        if disk.stopped:
+            raise ValueError(disk.stopped.replace("; the run goes on", "; filling ends"))
+        bar.update(done + counts.asked - asked)
     return Filled(
         disk.folder,
         job.split,
@@ -199,6 +198,20 @@ def _fill(
         bytes_on_disk(disk.folder),
         finished,
     )
+
+
+def _looks(
+    parts: FrozenParts, caches: FeatureCaches, job: _Job, size: int
+) -> Iterator[Callable[[], object]]:
+    """Looks at all of a job, n = ``size`` images each; an image is decoded and encoded once."""
+    bank = job.bank
+    for ids in bank.announced(torch.arange(len(bank), device=parts.device).split(size)):
+        for mirror in sorted({mirrored for _, mirrored in job.parts}):
+            images = bank.pixels(ids).flip(-1) if mirror else None
+            read = parts.features.reader(caches, bank, ids, job.noise_seed, images)
+            for timestep, mirrored in job.parts:
+                if mirrored == mirror:
+                    yield partial(read, torch.full_like(ids, timestep)[:, None])
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -191,6 +191,8 @@ class FeatureCaches:
     def _mirrors(self, bank: ImageBank) -> bool:
         return self._config.augmentation.flip and bank is self._train
 
+    # What is opened inside inference mode is written to outside of it, too.
+    @torch.inference_mode(False)
     def _open(self, bank: ImageBank, noise_seed: int) -> FeatureCache:
         settings, parts = self._config.cache, self.parts(bank)
         identity = self.identity(bank, noise_seed)

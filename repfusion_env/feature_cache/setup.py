@@ -21,6 +21,7 @@ def statistics_caches(
     config: ExperimentConfig,
     teacher: Teacher,
     points: Sequence[int],
+    reachable: Sequence[int],
     shapes: Shapes,
     bank: ImageBank,
 ) -> FeatureCaches | None:
@@ -30,11 +31,17 @@ def statistics_caches(
         config: The experiment.
         teacher: Whose features they are.
         points: Timesteps at which they are measured.
+        reachable: Timesteps of training, these among them.
         shapes: (F, h, w) of each layer.
         bank: The training images.
     """
     if config.cache.store != "disk":
         return None
+    if config.teacher.input == "clean":
+        # The folder is that of the training's features, and of the agent's looks where these are
+        # pooled too. Who opens it first shares its room out: among all that will be asked for.
+        points = sorted({*reachable, config.observation.timestep})
+        return FeatureCaches(config, teacher, points, shapes, bank, in_memory=False)
     plain = replace(config, augmentation=AugmentationConfig())
     return FeatureCaches(plain, teacher, points, shapes, bank, in_memory=False)
 

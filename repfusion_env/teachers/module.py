@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ def wrap_module(
         layers=tuple(config.layers),
         found=wrapped.found,
         card=wrapped.card(),
-        description=f"{type(module).__qualname__} {sorted(config.options.items())!r}",
+        description=_written(module),
         cut=wrapped.ordered,
     ).to(device)
 
@@ -217,6 +218,27 @@ def _run_of(module: nn.Module, config: TeacherConfig) -> Callable[[Any, Tensor, 
             return network(images, conditions) if timed else network(images)
 
     return run
+
+
+def _written(module: nn.Module) -> str:
+    """What a module computes beside its weights: its structure, plain attributes and code."""
+    plain = (bool, int, float, str)
+    # Where in memory something lies changes from process to process.
+    told = [re.sub(r" at 0x[0-9a-f]+", "", repr(module))]
+    kinds: dict[type, None] = {}
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if isinstance(value, plain)}
+        settings.pop("training", None)
+        told.append(f"{name} {sorted(settings.items())!r}")
+        kinds.update(dict.fromkeys(type(part).__mro__))
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] in ("torch", "builtins", "typing"):
+            continue
+        try:
+            told.append(inspect.getsource(kind))
+        except (OSError, TypeError):  # made by a program, or typed at a prompt
+            told.append(kind.__qualname__)
+    return "\n".join(told)
 
 
 def _known(module: nn.Module, config: TeacherConfig, name: str) -> int:

@@ -174,6 +174,40 @@ def test_a_comparison_is_run_by_one_process_at_a_time(
     assert kept is not None and list(kept.arms) == ["random", "ucb"]
 
 
+def test_under_a_launcher_a_comparison_that_is_there_is_refused_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agents import compare
+    from agents.comparison.arms import shipped_arms
+    from agents.comparison.plan import Plan, save_plan
+    from repfusion_env.config_loading import load_config
+
+    config = load_config("debug")
+    arms = {"random": shipped_arms(config)["random"]}
+    save_plan(Plan(tmp_path, "debug", config, arms, 1, ("10%",), 1, None))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}.items():
+        monkeypatch.setenv(name, value)
+    assert compare.main(["--out", str(tmp_path)]) == 2
+    assert "compare runs in one process, but 2 were started" in capsys.readouterr().err
+
+
+def test_a_second_interruption_tells_how_to_go_on_as_the_first_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agents import compare
+    from agents.comparison import progress
+
+    def twice(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "run_on", lambda *_, **__: iter(twice, None))
+    out = tmp_path / "out"
+    given = ["--config", "debug", "--arms", "random", "--seeds", "1", "--out", str(out)]
+    assert compare.main(given) == 130
+    said = capsys.readouterr().err
+    assert f"go on with: python -m agents.compare --out {out}" in said
+
+
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
     """A Ray of this machine with two cores; skipped where Ray is not installed."""

@@ -14,7 +14,10 @@ def _setting(**changes: Any) -> dict[str, Any]:
 
 
 def _ratio(value: float) -> dict[str, Any]:
-    return {"published step": {"median": value, "min": 0.0, "max": 99.0}}
+    return {
+        "published step": {"median": value, "min": 0.0, "max": 99.0},
+        "published step without policy": {"median": value / 2, "min": 0.0, "max": 99.0},
+    }
 
 
 PARTS: dict[str, Any] = {
@@ -52,8 +55,8 @@ def _met(parts: dict[str, Any], *, cuda: bool) -> list[tuple[Any, Any, Any]]:
 
 def test_the_best_of_equal_work_counts_for_speed_and_the_worst_for_cost():
     assert _met(PARTS, cuda=False) == [
-        (7.0, "fast", True),
-        (11.0, "cached", False),
+        (7.0, "fast (3.50 without its policy)", True),
+        (11.0, "cached (5.50 without its policy)", False),
         (None, None, None),
         (0.04, "b", False),
         (0.05, "b", True),
@@ -84,6 +87,7 @@ def test_what_was_not_measured_is_not_judged(part):
 def test_the_table_says_what_is_missed():
     lines = table(judge(PARTS, cuda=False)).splitlines()
     assert lines[2] == (
-        "| times the published step, on line, same work | at least 6.00 | 7.00 | fast | yes |"
+        "| times the published step, on line, same work | at least 6.00 | 7.00 | "
+        "fast (3.50 without its policy) | yes |"
     )
-    assert lines[3].endswith("| at least 12.00 | 11.00 | cached | **no** |")
+    assert lines[3].endswith("| 11.00 | cached (5.50 without its policy) | **no** |")

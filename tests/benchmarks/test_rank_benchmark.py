@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.rank_learning import compared
 from benchmarks.rank_learning import table as learning_table
 from benchmarks.rank_worker import Worker
 from benchmarks.ranks import main, measure, table
+from benchmarks.scaling.measured import read
 from benchmarks.settings import Size
 from repfusion_env.ranks import ALONE, Ranks
 
@@ -78,7 +80,7 @@ def test_curves_are_compared_seed_by_seed() -> None:
 
 
 @pytest.mark.slow
-def test_both_sides_are_measured_in_turns() -> None:
+def test_both_sides_are_measured_in_turns(tmp_path: Path) -> None:
     result = measure(SIZE, lines=(LINE,))
     if "skipped" in result:
         pytest.skip(result["skipped"])
@@ -89,3 +91,15 @@ def test_both_sides_are_measured_in_turns() -> None:
     )
     assert result["gradient_error"] < 1e-5
     assert result["cores"][0] != result["cores"][1]
+    # The cost model reads what stands there.
+    exchanges = [
+        {"by": way, "ranks": 2, "bytes": size, "seconds": {"median": size / 1e9}}
+        for way in ("gloo", "ranks")
+        for size in (4096, 1 << 26)
+    ]
+    files = [tmp_path / "whole.json", tmp_path / "collectives.json"]
+    files[0].write_text(json.dumps({"parts": {"ranks": result}}), encoding="utf-8")
+    files[1].write_text(json.dumps({"collectives": exchanges}), encoding="utf-8")
+    (check,) = read(files).ranks
+    assert (check.name, check.alone) == (LINE, line["one"]["median"])
+    assert check.measured == line["speedup"]["median"]

@@ -6,6 +6,7 @@ import tarfile
 import pytest
 
 from benchmarks import streaming
+from benchmarks.scaling.measured import read
 from repfusion_env.data import load_data
 
 
@@ -28,6 +29,12 @@ def test_the_smoke_form_measures_every_line_and_writes_what_it_says(tmp_path, ca
             assert line["ratio"]["max"] == pytest.approx(max(a / b for a, b in both))
         assert f"{line['decisions_per_second']['median']:.1f}" in printed
     assert found["decoding"].keys() == {"64", "224"} and found["decoding"]["64"]["1"]
+    # The cost model reads what stands there, but not of a smoke run.
+    with pytest.raises(ValueError, match="smoke run"):
+        read([file])
+    file.write_text(json.dumps({"parts": {"streaming": found}}))
+    core_seconds = found["decoding"]["224"]["1"]["core_seconds"]
+    assert read([file]).decoded == pytest.approx(1 / core_seconds)
     assert "streamed, shards" in printed and "waiting for images" in printed
 
 

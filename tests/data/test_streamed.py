@@ -239,12 +239,38 @@ def test_a_jump_in_the_order_gives_the_right_images_and_keeps_no_endless_backlog
     assert len(train.images._coming) <= 6
 
 
+def test_a_closed_bank_decodes_no_more_ahead_and_can_be_used_all_the_same(folder, monkeypatch):
+    train, _ = load_data(config(folder, decode_threads=1, prefetch=4))
+    resident, _ = load_data(config(folder, storage="resident"))
+    source, go_on = type(train.images._images.source), threading.Event()
+    read, met = source.read, []
+
+    def noted(self, index):
+        met.append(index)
+        if len(met) > 2:
+            go_on.wait(20)
+        return read(self, index)
+
+    monkeypatch.setattr(source, "read", noted)
+    stream = ImageStream(24, CPU, shuffle=True)
+    next_images(stream, train, 2, 1)
+    train.close()
+    go_on.set()
+    train.images._decoding.start(np.array([0])).wait()  # comes after all that is left to do
+    # Of the eight that were announced one at most had been begun.
+    assert len(met) <= 2 + 1 + 1
+    ids = next_images(stream, train, 2, 1)
+    assert torch.equal(train.pixels(ids), resident.pixels(ids))
+    resident.close()
+
+
 def test_images_that_are_asked_for_again_and_again_are_decoded_once(folder, monkeypatch):
     train, _ = load_data(config(folder))
     ids = torch.tensor([4, 9, 4, 20])
     first = train.pixels(ids)
     monkeypatch.setattr(type(train.images._images.source), "read", None)  # not called again
     assert torch.equal(train.pixels(ids.clone()), first)
+    assert train.pixels(ids[:0]).shape == (0, 3, 6, 6)
 
 
 def test_what_is_kept_is_bounded(folder, monkeypatch):

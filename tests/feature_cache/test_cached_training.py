@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_what_is_kept_does_not_go_through_the_teacher_again(store, cached, monke
     _forbid_the_teacher(monkeypatch)
     again = env.trainer.judge(bank, ids, torch.full_like(ids, 400), visits).reward
     assert torch.equal(first, again)
+
+
+def test_what_is_opened_in_inference_mode_is_filled_outside_of_it(cached):
+    env = cached("memory")
+    bank, ids = env.trainer.parts.heldout, torch.arange(4)
+    for first, inside in ((0, True), (4, False), (8, True)):
+        with torch.inference_mode(inside):
+            env.trainer.judge(bank, ids + first, torch.full_like(ids, 400), ids)
+    cache = env.trainer.parts.features.caches.of(bank, env.trainer.heldout_noise_seed)
+    assert cache.memory.count == 12
 
 
 def test_a_full_table_makes_the_host_wait_for_nothing(cached, no_waiting):
@@ -296,6 +307,20 @@ def test_a_full_disk_does_not_end_the_run(cached):
         env = cached("disk", **{"cache.disk_gib": room / 2**30})
         _go(env, 8)
     assert env.trainer.steps == 8
+
+
+def test_room_is_shared_out_among_all_that_a_run_on_clean_images_asks_for(cached):
+    """Statistics and observations open the folder first, and ask for fewer timesteps."""
+    clean = {"teacher.input": "clean", "teacher.noise": "fresh", "augmentation.flip": True}
+    record = 4 * cached("off", **clean).trainer.parts.features.widths[0] + 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheWarning)
+        # Of three timesteps and the agent's own, mirrored or not, eight images each.
+        env = cached("disk", **clean, **{"cache.disk_gib": 4 * 2 * 8 * record / 2**30})
+        _go(env, 12)
+    trainer = env.trainer
+    disk = trainer.parts.features.caches.of(trainer.parts.train, trainer.noise_seed).disk
+    assert disk.slots == 8 and {mirrored for _, mirrored in disk.files()} == {False, True}
 
 
 def test_reports_count_what_went_through_the_teacher(cached, monkeypatch):

@@ -60,8 +60,7 @@ def test_on_a_real_device_the_features_are_those_of_the_cpu(transformer_folder, 
     timesteps, moved = torch.tensor([3, 700]), images.to("cuda")
     at = timesteps.to("cuda")
     there.features(there.encode(moved), at)  # the first one selects kernels
-    # Offloaded weights are copied from memory that is not pinned, which waits.
-    torch.cuda.set_sync_debug_mode("error" if offload == "none" else "default")
+    torch.cuda.set_sync_debug_mode("error")  # offloaded weights come from pinned memory
     try:
         found = there.features(there.encode(moved), at)
     finally:

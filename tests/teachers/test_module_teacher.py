@@ -313,3 +313,20 @@ def test_a_description_lists_all_maps(made):
     card = describe_teacher(made(seeded(Timed)))
     assert card.layers_available == ("stem.0", "stem.1", "stem.2", "stem", "body", "head")
     assert (card.channels, card.image_size, card.num_timesteps) == (1, 16, 1000)
+
+
+def test_the_fingerprint_tells_attributes_structure_and_code_apart(made):
+    def fingerprint(kind: type[nn.Module] = Timed, **attributes: Any) -> str:
+        return load_teacher(made(seeded(kind, **attributes), "stem"), device="cpu").fingerprint
+
+    class Louder(Timed):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(2 * x, t)
+
+    Louder.__qualname__ = Timed.__qualname__
+    wider = seeded(Timed).stem
+    wider[0].padding = (2, 2)
+    assert fingerprint() == fingerprint()
+    # All of them have the same weights.
+    others = [fingerprint(Louder), fingerprint(gain=2.0), fingerprint(stem=wider)]
+    assert len({fingerprint(), *others}) == 4
