@@ -80,6 +80,7 @@ def test_curves_are_compared_seed_by_seed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_sides_are_measured_in_turns(tmp_path: Path) -> None:
     result = measure(SIZE, lines=(LINE,))
     if "skipped" in result:

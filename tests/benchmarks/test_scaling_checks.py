@@ -32,6 +32,7 @@ def test_the_ring_fit_finds_bandwidth_and_hop() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_reduces_of_real_processes_are_timed() -> None:
     sizes = (4096, 8192)
     found = measure(ranks=(2,), sizes=sizes, rounds=2)
